@@ -1,0 +1,343 @@
+"""The request ledger: what was accepted, where it stands, who works on it.
+
+A request is durable from the moment ``accept`` returns. Queue messages are mere tokens ("there is work in this queue"):
+the ledger owns the order, and a worker that gets a token claims the *best ready request* of the queue. So a lost or
+doubled message costs nothing but time, a request can change its queue while it waits, and order by deadline needs no
+priorities in the broker (decision record 0005). A claim is a lease: whoever holds the attempt number publishes, and
+only while the lease lives or nobody else took it.
+
+Breaks where: Redis loses its disk (docs/reliability.md), or is a cluster (keys of one script live in many slots).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import redis
+
+from modm_tasks import ledger_scripts as scripts
+from modm_tasks.cluster import ClusterState
+from modm_tasks.errors import ConflictError, LeaseLostError, NotFoundError, RefusedError
+from modm_tasks.messages import Completion, Decision, RequestRecord, Route, State, SubmitRequest
+from modm_tasks.redis_client import connect, guarded, pairs, redis_url
+from modm_tasks.settings import Settings
+
+_NAMES = [n for n in vars(scripts) if n.isupper() and not n.startswith("_")]
+
+
+class Ledger(ClusterState):
+    """All moves of requests. Thread-safe; make one per process, after fork or spawn."""
+
+    def __init__(self, client: redis.Redis, *, prefix: str = "modm:", max_attempts: int = 3) -> None:
+        self.redis: Any = client
+        self.prefix = prefix
+        self.max_attempts = max_attempts
+        self._scripts = {name: client.register_script(getattr(scripts, name)) for name in _NAMES}
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Ledger:
+        return cls(
+            connect(redis_url(settings)), prefix=settings.redis_prefix, max_attempts=settings.worker.max_attempts
+        )
+
+    def _key(self, request_id: str) -> str:
+        return f"{self.prefix}req:{request_id}"
+
+    def _run(self, name: str, *args: object) -> list[Any]:
+        reply: list[Any] = self._scripts[name](keys=[self.prefix], args=[_text(a) for a in args])
+        return reply
+
+    # --- by the front -------------------------------------------------------------------------------------------
+
+    @guarded
+    def accept(
+        self,
+        request_id: str,
+        request: SubmitRequest,
+        *,
+        slo_s: float = 0.0,
+        max_open: int = 1_000_000,
+        max_client_open: int = 0,
+        rank_offset_s: float = 0.0,
+    ) -> tuple[str, bool]:
+        """Make the request durable. Returns (id, whether it is new): an idempotency key seen before gives the first id.
+
+        Raises RefusedError where too much is open already.
+        """
+        arrival = "" if request.arrival_s is None else request.arrival_s
+        reply = self._run(
+            "ACCEPT", request_id, request.model_dump_json(), arrival, request.client, request.idempotency_key or "",
+            max_open, max_client_open, slo_s, rank_offset_s,
+        )  # fmt: skip
+        if reply[0] == "full":
+            whose, limit = ("of this client's ", max_client_open) if reply[1] == "client" else ("", max_open)
+            raise RefusedError(f"{limit} {whose}requests are unfinished; that is the limit", retry_after_s=5)
+        return reply[1], reply[0] == "ok"
+
+    @guarded
+    def route(
+        self,
+        request_id: str,
+        decision: Decision,
+        *,
+        expected: State = State.ACCEPTED,
+        text_vector: str = "",
+        rank: float | None = None,
+    ) -> bool:
+        """Queue the request as decided. False where it has moved on (cancelled, claimed, routed by a twin)."""
+        reply = self._run(
+            "ROUTE", request_id, expected.value, decision.route.value, decision.model_dump_json(),
+            decision.skipped_steps, decision.source_id or "", decision.reason[:300], text_vector,
+            "" if rank is None else rank,
+        )  # fmt: skip
+        return bool(reply[0] == "ok")
+
+    @guarded
+    def wait_on(
+        self, request_id: str, source_id: str, decision: Decision, *, until_s: float = 0.0, text_vector: str = ""
+    ) -> Literal["ok", "ended", "conflict"]:
+        """Hold the request until ``source_id`` ends. ``ended``: it has ended already, so decide again."""
+        reply = self._run("WAIT", request_id, source_id, decision.model_dump_json(), until_s, text_vector)
+        word = reply[0]
+        return "ok" if word == "ok" else "ended" if word == "ended" else "conflict"
+
+    @guarded
+    def finish_stored(self, request_id: str, completion: Completion, decision: Decision) -> bool:
+        """Answer an exact repeat with the stored image. False where the request has moved on."""
+        reply = self._run("FINISH_STORED", request_id, completion.model_dump_json(), decision.model_dump_json())
+        return bool(reply[0] == "ok")
+
+    @guarded
+    def cancel(self, request_id: str) -> State:
+        """Cancel: at once where no worker holds it, else at its next step (then RUNNING is returned).
+
+        Raises NotFoundError, or ConflictError where it has ended.
+        """
+        return self._end(request_id, State.CANCELLED, "cancelled by the client")
+
+    @guarded
+    def end(self, request_id: str, state: State, error: str) -> State:
+        """Report an unclaimed request failed or refused."""
+        return self._end(request_id, state, error)
+
+    def _end(self, request_id: str, state: State, error: str) -> State:
+        word = self._run("END", request_id, state.value, error)[0]
+        if word == "ok":
+            return state
+        if word in {"asked", "running"}:
+            return State.RUNNING
+        if word == "missing":
+            raise NotFoundError(f"no request {request_id}")
+        raise ConflictError(f"request {request_id} has ended: {word}")
+
+    @guarded
+    def admitted(self, request_id: str, clip_score: float | None) -> bool:
+        """The finished image has been admitted to the cache (or is not to be). False where that was said before."""
+        return bool(self._run("ADMITTED", request_id, "" if clip_score is None else clip_score)[0] == "ok")
+
+    @guarded
+    def expire(self, limit: int = 100) -> list[tuple[str, State, str]]:
+        """Take expired claims back: (id, queued | failed | cancelled, queue) of each."""
+        return [(r[0], State(r[1]), r[2]) for r in self._run("EXPIRE", self.max_attempts, limit)]
+
+    @guarded
+    def retry(self, request_id: str) -> None:
+        """A failed request starts again. Raises ConflictError where it has not failed."""
+        if self._run("RETRY", request_id)[0] != "ok":
+            raise ConflictError(f"request {request_id} has not failed, so it cannot be retried")
+
+    @guarded
+    def forget(self, request_id: str) -> str:
+        """Drop one finished request from every index. Returns its image URI, or ''."""
+        completion = self.redis.hget(self._key(request_id), "completion")
+        pipe = self.redis.pipeline(transaction=True)
+        pipe.delete(self._key(request_id), f"{self.prefix}waiters:{request_id}")
+        for name in ("finished", "failed", "unadmitted"):
+            pipe.zrem(f"{self.prefix}{name}", request_id)
+        pipe.execute()
+        return str(json.loads(completion)["uri"]) if completion else ""
+
+    @guarded
+    def trim(self, *, keep_s: float, keep: int, limit: int = 200) -> list[tuple[str, str]]:
+        """Forget finished requests that are too old or too many: (id, image URI or '') of each."""
+        gone = self._run("TRIM", keep_s, keep, limit)
+        return [(r[0], json.loads(r[1])["uri"] if r[1] else "") for r in gone]
+
+    # --- by a worker --------------------------------------------------------------------------------------------
+
+    @guarded
+    def claim(self, queue: str, worker: str, *, lease_s: float) -> RequestRecord | None:
+        """The best ready request of ``queue``, now this worker's; None where nothing is ready."""
+        reply = self._run("CLAIM", queue, worker, lease_s)
+        return None if reply[0] == "empty" else _record(pairs(reply[2]))
+
+    def _owned(self, name: str, request_id: str, attempt: int, *args: object) -> list[Any]:
+        reply = self._run(name, request_id, attempt, *args)
+        if reply[0] == "lost":
+            raise LeaseLostError(f"attempt {attempt} no longer holds request {request_id}")
+        return reply
+
+    @guarded
+    def renew(
+        self, request_id: str, attempt: int, lease_s: float, *, step: int | None = None
+    ) -> Literal["ok", "cancelled"]:
+        """Lengthen the lease, say how far it is. ``cancelled``: the user asked to stop. Raises LeaseLostError."""
+        word = self._owned("RENEW", request_id, attempt, lease_s, "" if step is None else step)[0]
+        return "cancelled" if word == "cancelled" else "ok"
+
+    @guarded
+    def finish(self, request_id: str, attempt: int, completion: Completion) -> None:
+        """Publish the result, once. Raises LeaseLostError where another attempt owns the request."""
+        bare = completion.model_copy(update={"vector": ""})
+        self._owned(
+            "FINISH", request_id, attempt, bare.model_dump_json(), completion.vector, completion.model,
+            completion.steps_run, completion.gpu_s,
+        )  # fmt: skip
+
+    @guarded
+    def fail(self, request_id: str, attempt: int, error: str, *, retry: bool) -> State:
+        """Report an error: queued again while attempts are left and ``retry``, else failed."""
+        reply = self._owned("FAIL", request_id, attempt, error[:500], int(retry), self.max_attempts)
+        return State(reply[0])
+
+    @guarded
+    def give_back(self, request_id: str, attempt: int) -> None:
+        """Queue it again at its old rank; the attempt does not count."""
+        self._owned("GIVE_BACK", request_id, attempt)
+
+    @guarded
+    def reroute_to_large(
+        self, request_id: str, attempt: int, reason: str, *, fallback: Completion | None = None
+    ) -> None:
+        """Queue a hit as a miss: its source is gone, or its refined image scored too low (then kept as fallback)."""
+        decision = Decision(route=Route.LARGE_GEN, policy="reroute", reason=reason)
+        self._owned(
+            "REROUTE", request_id, attempt, decision.model_dump_json(), reason[:300],
+            "fallback" if fallback else "", fallback.model_dump_json() if fallback else "",
+        )  # fmt: skip
+
+    @guarded
+    def finish_cancelled(self, request_id: str, attempt: int) -> None:
+        self._owned("FINISH_CANCELLED", request_id, attempt)
+
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    @guarded
+    def get(self, request_id: str) -> RequestRecord:
+        """Raises NotFoundError."""
+        fields = self.redis.hgetall(self._key(request_id))
+        if not fields:
+            raise NotFoundError(f"no request {request_id}")
+        return _record(fields)
+
+    @guarded
+    def get_many(self, request_ids: Iterable[str]) -> list[RequestRecord]:
+        """Those of the ids that exist, in order."""
+        pipe = self.redis.pipeline(transaction=False)
+        for request_id in request_ids:
+            pipe.hgetall(self._key(request_id))
+        return [_record(fields) for fields in pipe.execute() if fields]
+
+    @guarded
+    def field(self, request_id: str, name: str) -> str | None:
+        """A private field of the record: ``tvec``, ``ivec`` (base64 vectors), ``log``, ``fallback``, ``waits_on``."""
+        value = self.redis.hget(self._key(request_id), name)
+        return None if value is None else str(value)
+
+    @guarded
+    def log(self, request_id: str) -> list[tuple[float, str, str]]:
+        """Every transition: (Unix s, state, note)."""
+        rows = []
+        for line in (self.field(request_id, "log") or "").splitlines():
+            at, state, note = [*line.split(" ", 2), "", ""][:3]
+            rows.append((float(at), state, note.strip()))
+        return rows
+
+    @guarded
+    def index(
+        self, name: Literal["open", "accepted", "running", "waiting", "finished", "failed", "unadmitted"], *,
+        oldest_s: float = float("-inf"), newest_s: float = float("inf"), limit: int = 1000, newest_first: bool = False,
+    ) -> list[str]:  # fmt: skip
+        """Ids of one index, by its time."""
+        key = f"{self.prefix}{name}"
+        if newest_first:
+            ids = self.redis.zrevrangebyscore(key, newest_s, oldest_s, start=0, num=limit)
+        else:
+            ids = self.redis.zrangebyscore(key, oldest_s, newest_s, start=0, num=limit)
+        return [str(i) for i in ids]
+
+    @guarded
+    def counts(self) -> dict[str, int]:
+        """Size of every index, and of each ready set as ``ready:<queue>``."""
+        names = ["open", "accepted", "running", "waiting", "failed", "unadmitted"]
+        keys = names + [f"ready:{route.value}" for route in (Route.LARGE_GEN, Route.SMALL_REFINE)]
+        pipe = self.redis.pipeline(transaction=False)
+        for key in keys:
+            pipe.zcard(f"{self.prefix}{key}")
+        return dict(zip(keys, map(int, pipe.execute()), strict=True))
+
+    @guarded
+    def ready(self, queue: str, limit: int = 1000) -> list[tuple[str, float]]:
+        """(id, rank) of what waits in ``queue``, first served first."""
+        rows = self.redis.zrange(f"{self.prefix}ready:{queue}", 0, limit - 1, withscores=True)
+        return [(str(i), float(rank)) for i, rank in rows]
+
+    @guarded
+    def list_length(self, queue: str) -> int:
+        """Messages that wait in a Celery queue (one priority only, so one list)."""
+        return int(self.redis.llen(queue))
+
+    @guarded
+    def position(self, request_id: str, queue: str) -> int | None:
+        """How many requests of the same queue go first."""
+        rank = self.redis.zrank(f"{self.prefix}ready:{queue}", request_id)
+        return None if rank is None else int(rank)
+
+    @guarded
+    def waiters(self, source_id: str) -> list[str]:
+        return sorted(self.redis.smembers(f"{self.prefix}waiters:{source_id}"))
+
+    @guarded
+    def in_use(self, request_ids: Sequence[str]) -> set[str]:
+        """Those whose image an open request refines from: they may be evicted, but not deleted yet."""
+        if not request_ids:
+            return set()
+        held = self.redis.hmget(f"{self.prefix}sources", list(request_ids))
+        return {i for i, n in zip(request_ids, held, strict=True) if n is not None}
+
+    @guarded
+    def now_s(self) -> float:
+        """The Redis clock, Unix seconds: the one clock of all records."""
+        seconds, micros = self.redis.time()
+        return int(seconds) + int(micros) / 1e6
+
+
+def _text(value: object) -> str | bytes:
+    return format(value, ".6f") if isinstance(value, float) else str(value)
+
+
+def _record(fields: dict[str, str]) -> RequestRecord:
+    def number(name: str) -> float | None:
+        return float(fields[name]) if fields.get(name) else None
+
+    return RequestRecord(
+        id=fields["id"],
+        state=State(fields["state"]),
+        request=SubmitRequest.model_validate_json(fields["request"]),
+        decision=Decision.model_validate_json(fields["decision"]) if fields.get("decision") else None,
+        completion=Completion.model_validate_json(fields["completion"]) if fields.get("completion") else None,
+        attempt=int(fields.get("attempt", 0)),
+        worker=fields.get("worker"),
+        error=fields.get("error"),
+        rank=number("rank") or 0.0,
+        arrival_s=number("arrival_s") or 0.0,
+        accepted_s=number("accepted_s") or 0.0,
+        queued_s=number("queued_s"),
+        claimed_s=number("claimed_s"),
+        done_s=number("done_s"),
+        admitted_s=number("admitted_s"),
+        step=int(fields.get("step", 0)),
+        clip_score=number("clip_score"),
+    )

@@ -1,0 +1,85 @@
+"""Puts a service together from the settings. The only place that knows every part."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from modm_tasks.app import make_app
+from modm_tasks.errors import ConfigError
+from modm_tasks.image_store import ImageStore
+from modm_tasks.ledger import Ledger
+from modm_tasks.settings import Settings
+from orchestrator.admission import Admission
+from orchestrator.decisions.ladder import PUBLISHED, Ladder, load_ladder
+from orchestrator.limits import health_problems
+from orchestrator.metrics import Observer
+from orchestrator.pipeline import Pipeline
+from orchestrator.router import Router
+from orchestrator.service import Parts, Service
+from orchestrator.tokens import Tokens
+from orchestrator.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+
+def choose_ladder(settings: Settings) -> Ladder:
+    """The ladder of this embedder and refiner: a file from the settings, the bundled one, or the paper's for ViT-L/14.
+
+    Thresholds mean nothing for another embedder (facts, section G), so an unknown one without a file is an error.
+    """
+    if settings.routing.ladder_file is not None:
+        return load_ladder(settings.routing.ladder_file)
+    if settings.embedder == "scenes-clip":
+        from vector_store.embedder import bundled_folder
+
+        folder = bundled_folder("scenes-clip")
+        assert folder is not None
+        return load_ladder(folder / "ladder.json")
+    if settings.embedder in {"ViT-L-14/openai", "ViT-L-14-quickgelu/openai", "fake"}:
+        return PUBLISHED
+    raise ConfigError(
+        f"no ladder is known for embedder {settings.embedder!r}: set MODM_ROUTING__LADDER_FILE "
+        "(`modm calibrate` writes one)",
+        field="routing.ladder_file",
+    )
+
+
+def build_service(settings: Settings, *, observer: Observer | None = None) -> Service:
+    """A service that is ready to start. Raises ConfigError, UnavailableError or StoreInUseError."""
+    from vector_store.backends import open_backend
+    from vector_store.cache import ImageCache
+    from vector_store.embedder import load_embedder
+
+    ledger = Ledger.from_settings(settings)
+    ledger.now_s()  # fails here, with one line, where Redis is away
+    ladder = choose_ladder(settings)
+    images = ImageStore(settings.image_root)
+    backend = open_backend(settings)
+    try:
+        embedder = load_embedder(settings.embedder)
+        cache = ImageCache(backend, embedder.identity, embedder.dim, settings, images)
+        app = make_app(settings)
+        tokens = Tokens(app, ledger)
+        router = Router(settings, ledger, cache, ladder)
+        routed = observer.routed if observer else None
+        finished = observer.finished if observer else None
+        pipeline = Pipeline(ledger, embedder, router, tokens, observe=routed)
+        admission = Admission(app, ledger, cache, pipeline, observe=finished)
+        watchdog = Watchdog(ledger, tokens, pipeline, admission, cache, images)
+    except BaseException:
+        backend.close()
+        raise
+    parts = Parts(
+        settings=settings,
+        ledger=ledger,
+        images=images,
+        cache=cache,
+        embedder=embedder,
+        tokens=tokens,
+        pipeline=pipeline,
+        admission=admission,
+        watchdog=watchdog,
+    )
+    problems: Callable[[], list[str]] = health_problems(settings, ledger)
+    return Service(parts, health_problems=problems)

@@ -1,0 +1,64 @@
+"""The controller's Prometheus endpoint: what it sees, what it decided, what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from modm_tasks.cluster import DesiredRole
+from modm_tasks.errors import UnavailableError
+from modm_tasks.settings import Settings
+from orchestrator.controller.reconcile import Round
+
+MOVE_BUCKETS_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
+
+class Metrics:
+    """One registry per controller, so that several may live in one process (tests do that)."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        new = {"registry": self.registry}
+        self.leading = Gauge("modm_controller_leading", "1 while this controller leads", **new)
+        self.roles = Gauge("modm_workers", "Workers by desired role and state", ["role", "state"], **new)
+        self.target = Gauge("modm_controller_large_target", "Large workers decided last", **new)
+        self.backlog = Gauge("modm_backlog_requests", "Requests that wait, by queue", ["queue"], **new)
+        self.backlog_s = Gauge("modm_backlog_gpu_seconds", "Predicted GPU seconds of waiting work", ["queue"], **new)
+        self.arrivals = Gauge("modm_arrivals_per_min", "Arrivals in the window", **new)
+        self.hit_rate = Gauge("modm_hit_rate", "Share of hits in the window", **new)
+        self.degradation = Gauge("modm_degradation", "Steps of quality given up", **new)
+        self.decisions = Counter("modm_controller_decisions", "Decisions made", ["allocation"], **new)
+        self.moves = Counter("modm_role_moves", "Role moves verified", **new)
+        self.repairs = Counter("modm_role_repairs", "Workers brought back to their queues", **new)
+        self.failures = Counter("modm_reconcile_failures", "Workers that did not reach their queues in a round", **new)
+        self.outages = Counter("modm_controller_outages", "Times Redis or the broker went away", **new)
+        self.move_s = Histogram(
+            "modm_role_move_seconds", "From decision to verified role", buckets=MOVE_BUCKETS_S, **new
+        )
+
+    def serve(self, settings: Settings) -> None:
+        """Listen where the settings say. Raises UnavailableError where the port is in use."""
+        host, port = settings.controller.metrics_host, settings.controller.metrics_port
+        if not port:
+            return
+        try:
+            start_http_server(port, addr=host, registry=self.registry)
+        except OSError as error:
+            raise UnavailableError(f"controller.metrics_port {port} on {host}: {error.strerror}") from error
+
+    def saw(self, found: Round) -> None:
+        """One round of the reconciler."""
+        self.moves.inc(len(found.moves))
+        self.repairs.inc(len(found.repaired))
+        self.failures.inc(len(found.failed) + len(found.silent))
+        for took_s in found.took_s.values():
+            self.move_s.observe(took_s)
+
+    def workers(self, desired: Mapping[str, DesiredRole], ready: set[str], unwell: set[str]) -> None:
+        """Counts by role and state."""
+        self.roles.clear()
+        for name, wanted in desired.items():
+            away = "ready" if name in ready else "away"
+            state = "drained" if wanted.drained else "unwell" if name in unwell else away
+            self.roles.labels(wanted.role, state).inc()

@@ -1,0 +1,190 @@
+"""Our allocation: try every number of large workers, predict which breaks the fewest SLOs, take the best.
+
+The prediction is closed form, a fluid queue for each class over one horizon (the longer of period and SLO):
+
+* misses load ``a_m = rate (1-H) L / 60`` workers, hits ``a_h = rate H S F / 60``; with roles a large worker without a
+  miss refines hits at the large model's speed (equation 9), pooled workers help both ways at no loss;
+* what is queued is broken from the position on at which its wait exceeds what its age has left of the SLO;
+* what arrives at time t waits ``B/c + (rho-1) t``; below saturation the tail of a queue with c servers is added
+  (Sakasegawa's ``rho ** (sqrt(2(c+1)) - 1)``, exponential beyond it).
+
+Nothing is integrated, so nothing winds up: after a step in load the next decision is the new optimum. Where it breaks:
+the horizon takes the rates as constant, so a burst shorter than the window is seen late; the FIFO order within a class is
+assumed, so slack order does somewhat better than predicted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.decisions.allocation import overload, paper
+from orchestrator.decisions.snapshot import Allocation, Candidate, ClusterSnapshot, PolicyState
+
+Floats = NDArray[np.float64]
+
+#: Breaks within this share of the horizon's requests count as equal; the better quality then decides.
+EQUAL_SHARE = 0.005
+#: The present allocation stays unless another one saves more than this share of the requests, or is further away than
+#: STAY_WORKERS or STAY_SHARE of the workers.
+STAY_GAIN, STAY_WORKERS, STAY_SHARE = 0.02, 1, 0.03
+KEPT_CANDIDATES = 33
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """Work of one class: requests per second, seconds each, queued GPU seconds, age of the oldest, allowed wait."""
+
+    per_s: float
+    service_s: float
+    backlog_s: float
+    oldest_s: float
+    allowed_s: float
+
+    @property
+    def workers(self) -> float:
+        return self.per_s * self.service_s
+
+
+def loads(s: ClusterSnapshot) -> tuple[Load, Load]:
+    """Misses and hits of a snapshot."""
+    hit_s = s.small_s * s.refine_share
+    slo_s = s.slo_s or 2 * s.large_s
+    per_s = s.rate_per_min / 60
+    miss = Load(
+        per_s=per_s * (1 - s.hit_rate), service_s=s.large_s, backlog_s=s.backlog_large_s, oldest_s=s.oldest_large_s,
+        allowed_s=slo_s - s.large_s,
+    )  # fmt: skip
+    hit = Load(
+        per_s=per_s * s.hit_rate, service_s=hit_s, backlog_s=s.backlog_small_s, oldest_s=s.oldest_small_s,
+        allowed_s=slo_s - hit_s,
+    )  # fmt: skip
+    return miss, hit
+
+
+def need_large(s: ClusterSnapshot) -> int:
+    """The floor: what the misses need. Where all workers together carry less than the load, their share of the work."""
+    miss, hit = loads(s)
+    total = miss.workers + hit.workers
+    if total > s.n_workers:
+        return max(1, math.floor(s.n_workers * miss.workers / total))
+    return max(1, min(s.n_workers, math.ceil(miss.workers - 1e-9)))
+
+
+def capacities(s: ClusterSnapshot, n: Floats, horizon_s: float) -> tuple[Floats, Floats]:
+    """Workers that misses and hits have under ``n`` large ones; hits' in workers of the small model's speed."""
+    miss, hit = loads(s)
+    moved = np.abs(n - s.n_large) * min(1.0, s.switch_s / horizon_s)
+    large = np.where(n > s.n_large, n - moved, n)
+    small = np.where(n < s.n_large, s.n_workers - n - moved, s.n_workers - n)
+    idle_large = np.maximum(0.0, large - miss.workers - miss.backlog_s / horizon_s)
+    if not s.pooled:
+        return large, small + idle_large * (s.small_s / s.large_s)
+    idle_small = np.maximum(0.0, small - hit.workers - hit.backlog_s / horizon_s)
+    return large + idle_small, small + idle_large
+
+
+def breaks(load: Load, capacity: Floats, horizon_s: float) -> Floats:
+    """Predicted broken SLOs of one class over the horizon, for each capacity (in workers)."""
+    arrivals = load.per_s * horizon_s
+    queued = load.backlog_s / load.service_s if load.service_s > 0 else 0.0
+    if load.allowed_s <= 0:
+        return np.full_like(capacity, arrivals + queued)
+    c = np.maximum(capacity, 1e-9)
+    lost = np.zeros_like(c)
+    if queued > 0:
+        slope = 1 / c - load.oldest_s / load.backlog_s
+        room = load.allowed_s - load.oldest_s
+        with np.errstate(divide="ignore", invalid="ignore"):
+            at = np.clip(np.where(slope == 0, 0.0, room / slope) / load.backlog_s, 0.0, 1.0)
+        share = np.where(slope > 0, 1 - at, np.where(slope < 0, at, float(room < 0)))
+        lost = lost + queued * share
+    if arrivals > 0:
+        rho, start = load.workers / c, load.backlog_s / c
+        excess = start - load.allowed_s
+        with np.errstate(divide="ignore", invalid="ignore"):
+            falling = np.clip(excess / np.maximum(1 - rho, 1e-9) / horizon_s, 0.0, 1.0)
+            rising = 1 - np.clip(-excess / np.maximum(rho - 1, 1e-9) / horizon_s, 0.0, 1.0)
+        fluid = np.where(rho < 1, falling, rising)
+        low = np.minimum(rho, 1.0)
+        tail = low ** (np.sqrt(2 * (c + 1)) - 1) * np.exp(-2 * (1 - low) * c * load.allowed_s / load.service_s)
+        lost = lost + arrivals * (fluid + (1 - fluid) * np.where(rho < 1, tail, 0.0))
+    return lost
+
+
+def score(s: ClusterSnapshot) -> tuple[Floats, Floats, Floats]:
+    """(n_large, breaks, quality) for every candidate from the floor to N, arrays of equal length.
+
+    Quality: with roles, the share of workers that are large, as idle ones then refine hits with the large model. Pooled
+    workers draw the same whatever their order, so nearness to the share of the misses' work decides (fewest detours).
+    """
+    horizon_s = max(s.period_s, s.slo_s or 2 * s.large_s)
+    n = np.arange(need_large(s), s.n_workers + 1, dtype=np.float64)
+    miss, hit = loads(s)
+    large, small = capacities(s, n, horizon_s)
+    lost = breaks(miss, large, horizon_s) + breaks(hit, small, horizon_s)
+    if s.pooled:
+        quality = 1 - np.abs(n - paper.throughput_target(s)) / s.n_workers
+    else:
+        quality = n / s.n_workers
+    return n, lost, quality
+
+
+def allocate(s: ClusterSnapshot, state: PolicyState) -> tuple[Allocation, PolicyState]:
+    """The policy `slo`. See the module's text."""
+    n, lost, quality = score(s)
+    horizon_s = max(s.period_s, s.slo_s or 2 * s.large_s)
+    requests = s.rate_per_min / 60 * horizon_s + s.backlog_large + s.backlog_small
+    near = lost <= lost.min() + EQUAL_SHARE * requests + 1e-9
+    best = int(np.flatnonzero(near)[np.argmax(quality[near])])
+    target = int(n[best])
+    chosen, why = _held_back(s, state, target, n, lost, requests)
+    at = int(np.searchsorted(n, chosen)) if chosen >= n[0] else 0
+    changed_s = s.now_s if chosen != s.n_large else state.changed_s
+    reason = (
+        f"{target} of {s.n_workers} large breaks {lost[best]:.1f} of {requests:.0f} requests "
+        f"(now {s.n_large}, floor {int(n[0])}){why}"
+    )
+    measures, state = overload.decide(s, replace(state, changed_s=changed_s), lost_share=_share(lost[at], requests))
+    return (
+        Allocation(
+            n_large=chosen,
+            target=target,
+            reason=reason + measures.note,
+            candidates=_candidates(n, lost, quality, best),
+            degradation=measures.degradation,
+            refuse_s=measures.refuse_s,
+        ),
+        state,
+    )
+
+
+def _share(lost: float, requests: float) -> float:
+    return float(lost) / requests if requests > 0 else 0.0
+
+
+def _held_back(
+    s: ClusterSnapshot, state: PolicyState, target: int, n: Floats, lost: Floats, requests: float
+) -> tuple[int, str]:
+    """Dwell and hysteresis: (the number put into force, why it is not the target). The floor always holds."""
+    if target == s.n_large or not int(n[0]) <= s.n_large <= s.n_workers:
+        return target, ""
+    if s.now_s - state.changed_s < s.min_dwell_s:
+        return s.n_large, f"; stays: changed {s.now_s - state.changed_s:.0f} s ago, dwell {s.min_dwell_s:.0f} s"
+    here = lost[int(s.n_large - n[0])]
+    gain = here - lost[int(target - n[0])]
+    if gain <= STAY_GAIN * requests and abs(target - s.n_large) <= max(STAY_WORKERS, STAY_SHARE * s.n_workers):
+        return s.n_large, f"; stays: {target} would save {gain:.1f}"
+    return target, ""
+
+
+def _candidates(n: Floats, lost: Floats, quality: Floats, best: int) -> tuple[Candidate, ...]:
+    """Those around the best, for the explanation."""
+    first = max(0, min(best - KEPT_CANDIDATES // 2, len(n) - KEPT_CANDIDATES))
+    rows = range(first, min(len(n), first + KEPT_CANDIDATES))
+    return tuple(
+        Candidate(n_large=int(n[i]), breaks=round(float(lost[i]), 3), quality=round(float(quality[i]), 3)) for i in rows
+    )

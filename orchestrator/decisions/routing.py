@@ -1,0 +1,193 @@
+"""Which queue serves a request, and from which image. Pure functions of what was found; the reason comes with the answer.
+
+Policies: `modm` is the published algorithm (paper sections 4.2 and 5.2), `large-only` and `small-only` are comparison
+points, `modm-plus` adds the mechanisms below, each of which can be named by itself in ``features``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modm_tasks.errors import InvalidInputError
+from modm_tasks.messages import Decision, Route, SubmitRequest
+from orchestrator.decisions.ladder import Ladder
+
+POLICIES = ("modm", "modm-plus", "large-only", "small-only")
+#: inflight: wait for an unfinished source; late-binding: look again at queued misses; repeats: exact repeats;
+#: verify: score refined hits; deadline: order by slack; drift: bound on generation depth.
+FEATURES = ("inflight", "late-binding", "repeats", "verify", "deadline", "drift")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The most similar finished image. ``similarity`` is text-to-image cosine, clamped at 0."""
+
+    id: str
+    uri: str
+    similarity: float
+    depth: int = 0
+    same_prompt: bool = False
+    same_seed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unfinished:
+    """An open request that may become a source. ``predicted`` is the text-to-image cosine its image should have."""
+
+    id: str
+    predicted: float
+    ready_in_s: float = 0.0
+    chain_depth: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouteInput:
+    """Everything a decision may depend on. Times in seconds; ``*_service_s`` of a full image."""
+
+    request: SubmitRequest
+    policy: str
+    features: frozenset[str]
+    ladder: Ladder
+    total_steps: int
+    found: Found | None = None
+    unfinished: Unfinished | None = None
+    large_service_s: float = 0.0
+    small_service_s: float = 0.0
+    miss_wait_s: float = 0.0
+    lowered_rungs: int = 0
+    repeat_max_k: int = 25
+    wait_depth: int = 3
+
+
+def check_policy(name: str) -> str:
+    """Raises InvalidInputError that names the policies."""
+    if name not in POLICIES:
+        raise InvalidInputError(f"unknown policy {name!r}; there are {', '.join(POLICIES)}", field="policy")
+    return name
+
+
+def check_features(text: str) -> frozenset[str]:
+    """``"inflight,late-binding"`` to a set. Raises InvalidInputError that names the mechanisms."""
+    names = frozenset(part.strip() for part in text.split(",") if part.strip())
+    if unknown := sorted(names - set(FEATURES)):
+        raise InvalidInputError(f"unknown feature {unknown[0]!r}; there are {', '.join(FEATURES)}", field="features")
+    return names
+
+
+def features_of(policy: str, text: str) -> frozenset[str]:
+    """The mechanisms in force: all of them for `modm-plus` unless some are named, none for the others unless named."""
+    named = check_features(text)
+    return named or (frozenset(FEATURES) if policy == "modm-plus" else frozenset())
+
+
+def route(given: RouteInput) -> Decision:
+    """Decide. A reason in words comes with it."""
+    request = given.request
+    if given.policy == "large-only":
+        return _miss(given, "policy large-only")
+    if given.policy == "small-only":
+        return Decision(route=Route.SMALL_REFINE, policy=given.policy, reason="policy small-only: drawn by the small model")
+    if request.cache in {"bypass", "refresh"}:
+        return _miss(given, f"cache={request.cache}")
+    if (stored := _stored(given)) is not None:
+        return stored
+    hit = _hit(given)
+    wait = _wait(given, hit)
+    if wait is not None:
+        return wait
+    if hit is not None:
+        return hit
+    if given.found is None:
+        return _miss(given, "nothing of this size is cached")
+    return _miss(given, f"best similarity {given.found.similarity:.3f} is below {_threshold(given):.3f}")
+
+
+def _threshold(given: RouteInput) -> float:
+    floor = given.ladder.lowered(given.lowered_rungs).threshold
+    return max(floor, given.request.min_similarity or 0.0)
+
+
+def _miss(given: RouteInput, reason: str) -> Decision:
+    similarity = given.found.similarity if given.found else None
+    return Decision(route=Route.LARGE_GEN, policy=given.policy, similarity=similarity, reason=f"miss: {reason}")
+
+
+def skipped_steps(given: RouteInput, similarity: float) -> int | None:
+    """k in steps of this request's own T: the ladder's k is of 50 steps and scales with it. None = miss."""
+    if similarity < _threshold(given):
+        return None
+    rung = given.ladder.lowered(given.lowered_rungs).lookup(similarity)
+    if rung is None:
+        return None
+    total = given.request.num_inference_steps or given.total_steps
+    return min(total - 1, round(rung.skipped_steps * total / given.ladder.num_inference_steps))
+
+
+def _stored(given: RouteInput) -> Decision | None:
+    found = given.found
+    if "repeats" not in given.features or found is None or not (found.same_prompt and found.same_seed):
+        return None
+    return Decision(
+        route=Route.STORED, policy=given.policy, source_id=found.id, source_uri=found.uri, source_depth=found.depth,
+        similarity=found.similarity, reason="exact repeat: same prompt, seed and size; the stored image is the answer",
+    )  # fmt: skip
+
+
+def _hit(given: RouteInput) -> Decision | None:
+    found = given.found
+    if found is None:
+        return None
+    k = skipped_steps(given, found.similarity)
+    if k is None:
+        return None
+    note = ""
+    if "repeats" in given.features and found.same_prompt and given.request.seed is None and k > given.repeat_max_k:
+        k, note = given.repeat_max_k, "; repeat without a seed, so k is bounded for variety"
+    return Decision(
+        route=Route.SMALL_REFINE, policy=given.policy, skipped_steps=k, source_id=found.id, source_uri=found.uri,
+        source_depth=found.depth, similarity=found.similarity,
+        reason=f"hit: similarity {found.similarity:.3f} skips {k} steps{note}",
+    )  # fmt: skip
+
+
+def _wait(given: RouteInput, hit: Decision | None) -> Decision | None:
+    """Wait on an unfinished source where its rung is better and refining it costs less GPU time than the other way.
+
+    Waiting holds no worker, so cost decides: the source is drawn anyway. Not where the chain is too deep already, and not
+    where the request would be drawn sooner than the source is ready *and* workers stand idle (then waiting saves nothing
+    that anybody needs).
+    """
+    source = given.unfinished
+    if "inflight" not in given.features or source is None or source.chain_depth + 1 > given.wait_depth:
+        return None
+    k = skipped_steps(given, source.predicted)
+    if k is None:
+        return None
+    total = given.request.num_inference_steps or given.total_steps
+    refine_s = given.small_service_s * (1 - k / total)
+    if hit is not None:
+        now_s = given.small_service_s * (1 - hit.skipped_steps / total)
+        if k <= hit.skipped_steps or source.ready_in_s + refine_s >= given.miss_wait_s + now_s:
+            return None
+    elif given.miss_wait_s <= 0 and source.ready_in_s + refine_s > given.large_service_s > 0:
+        return None
+    return Decision(
+        route=Route.SMALL_REFINE, policy=given.policy, skipped_steps=k, predicted_similarity=source.predicted,
+        waits_on=source.id, reason=f"waits on {source.id}: predicted similarity {source.predicted:.3f} skips {k} steps",
+    )  # fmt: skip
+
+
+def rank(given: RouteInput, *, accepted_s: float, deadline_s: float, service_s: float) -> float:
+    """Order within a queue, lower first: first come first served, or by slack under `deadline`.
+
+    Slack order is the latest moment to start, so it ages by itself: a request that waits comes nearer to its turn and no
+    later one with the same objective passes it. Without an objective both are the time of acceptance.
+    """
+    if "deadline" not in given.features or deadline_s <= 0:
+        return accepted_s
+    return accepted_s + deadline_s - service_s
+
+
+def should_escalate(score: float, floor: float, *, escalated: int, hits: int, budget: float) -> bool:
+    """Whether a refined image that scores ``score`` is drawn again by the large model, within a share of all hits."""
+    return score < floor and escalated < budget * max(1, hits)

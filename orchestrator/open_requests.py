@@ -1,0 +1,118 @@
+"""Text vectors of open requests, in memory: the sources of in-flight reuse and the candidates of late binding.
+
+A few thousand vectors at most, so one matrix product is faster than a second collection in the store (decision record
+0008). It is a view of the ledger: after a restart it is filled again from there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenRequest:
+    """What a later prompt has to know of an unfinished one."""
+
+    id: str
+    namespace: str
+    size: str | None
+    client: str
+    order: float
+    chain_depth: int = 0
+    is_miss: bool = True
+    prompt: str = ""
+    seed: int | None = None
+
+
+class OpenRequests:
+    """Thread-safe. Vectors are unit length, [dim] float32."""
+
+    def __init__(self, dim: int) -> None:
+        self._lock = threading.Lock()
+        self._rows: dict[str, int] = {}
+        self._items: list[OpenRequest | None] = []
+        self._matrix = np.zeros((64, dim), dtype=np.float32)
+        self._free: list[int] = list(range(63, -1, -1))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def put(self, item: OpenRequest, vector: Vector) -> None:
+        with self._lock:
+            row = self._rows.get(item.id)
+            if row is None:
+                if not self._free:
+                    grown = np.zeros((2 * len(self._matrix), self._matrix.shape[1]), dtype=np.float32)
+                    grown[: len(self._matrix)] = self._matrix
+                    self._free = list(range(len(grown) - 1, len(self._matrix) - 1, -1))
+                    self._matrix = grown
+                row = self._free.pop()
+                self._rows[item.id] = row
+            self._items += [None] * (row + 1 - len(self._items))
+            self._items[row] = item
+            self._matrix[row] = vector
+
+    def remove(self, request_id: str) -> None:
+        with self._lock:
+            row = self._rows.pop(request_id, None)
+            if row is not None:
+                self._items[row] = None
+                self._matrix[row] = 0.0
+                self._free.append(row)
+
+    def get(self, request_id: str) -> tuple[OpenRequest, Vector] | None:
+        with self._lock:
+            row = self._rows.get(request_id)
+            item = None if row is None else self._items[row]
+            return None if row is None or item is None else (item, self._matrix[row].copy())
+
+    def most_similar(
+        self, vector: Vector, *, namespace: str, size: str | None, client: str | None, before: float, limit: int = 5
+    ) -> list[tuple[OpenRequest, float]]:
+        """Earlier open requests by text-to-text cosine. Only earlier ones, so waiting can never form a cycle."""
+        return self._best(
+            vector,
+            limit,
+            lambda i: i.namespace == namespace
+            and i.size == size
+            and i.order < before
+            and (client is None or i.client == client),
+        )
+
+    def misses_like(self, vector: Vector, *, namespace: str, size: str | None, client: str | None, floor: float,
+                    limit: int = 50) -> list[tuple[OpenRequest, float]]:  # fmt: skip
+        """Queued misses whose *text* is at least ``floor`` similar to an *image* vector (late binding)."""
+        found = self._best(
+            vector,
+            limit,
+            lambda i: i.is_miss and i.namespace == namespace and i.size == size and (client is None or i.client == client),
+        )
+        return [(item, s) for item, s in found if s >= floor]
+
+    def _best(self, vector: Vector, limit: int, accept: Callable[[OpenRequest], bool]) -> list[tuple[OpenRequest, float]]:
+        with self._lock:
+            if not self._rows:
+                return []
+            n = len(self._items)
+            scores = self._matrix[:n] @ vector
+            out: list[tuple[OpenRequest, float]] = []
+            for row in np.argsort(-scores):
+                item = self._items[row]
+                if item is not None and accept(item):
+                    out.append((item, max(0.0, float(scores[row]))))
+                    if len(out) == limit:
+                        break
+            return out
+
+    def keep_only(self, ids: Iterable[str]) -> None:
+        """Drop what the ledger says is no longer open."""
+        alive = set(ids)
+        for gone in [i for i in list(self._rows) if i not in alive]:
+            self.remove(gone)

@@ -1,0 +1,175 @@
+"""From accepted to queued: embed in batches, search, decide, enqueue. One thread, so batches form by themselves.
+
+While a batch is embedded the next requests gather; the deeper the backlog the better the batches. Decisions are the pure
+functions of `decisions.routing`; this module gathers their inputs and carries them out.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from modm_tasks.errors import InvalidInputError, ModmError, UnavailableError
+from modm_tasks.ledger import Ledger
+from modm_tasks.messages import Decision, RequestRecord, Route, State
+from orchestrator.open_requests import OpenRequest, OpenRequests, Vector
+from orchestrator.router import Router
+from orchestrator.tokens import Tokens
+from vector_store.embedder import Embedder, decode_vector, encode_vector
+
+log = logging.getLogger(__name__)
+BATCH = 64
+
+
+class Pipeline:
+    """Routes what is put into it. ``put`` may be called from any thread, with an id that is in already or has moved on."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        embedder: Embedder,
+        router: Router,
+        tokens: Tokens,
+        *,
+        observe: Callable[[RequestRecord, Decision], None] | None = None,
+    ) -> None:
+        self.ledger, self.embedder, self.router, self.tokens = ledger, embedder, router, tokens
+        self.observe = observe
+        self.open_requests: OpenRequests = router.open_requests
+        self.last_error: str | None = None
+        self._inbox: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._pending: set[str] = set()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="pipeline", daemon=True)
+
+    def start(self) -> None:
+        self._recover()
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._inbox.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout=30)
+
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def put(self, request_id: str) -> None:
+        with self._lock:
+            if request_id in self._pending:
+                return
+            self._pending.add(request_id)
+        self._inbox.put(request_id)
+
+    def forget(self, request_id: str) -> None:
+        """The request has ended: it is no source for later ones any more."""
+        self.open_requests.remove(request_id)
+
+    def _recover(self) -> None:
+        """After a restart: the vectors of open requests come back from the ledger; unrouted ones are routed again."""
+        for record in self.ledger.get_many(self.ledger.index("open", limit=1_000_000)):
+            if record.state is State.ACCEPTED:
+                self.put(record.id)
+            elif text := self.ledger.field(record.id, "tvec"):
+                vector = decode_vector(text)
+                if vector.shape == (self.embedder.dim,):
+                    self.remember(record, vector)
+
+    def _run(self) -> None:
+        while (batch := self._next_batch()) is not None:
+            try:
+                self.route_batch(batch)
+                self.last_error = None
+            except Exception as error:
+                # Nothing is lost: the requests are still accepted in the ledger, and the watchdog puts them in again.
+                if not isinstance(error, UnavailableError):
+                    log.exception("routing failed, will be tried again")
+                self.last_error = f"routing: {str(error)[:200]}"
+            finally:
+                with self._lock:
+                    self._pending.difference_update(batch)
+
+    def _next_batch(self) -> list[str] | None:
+        first = self._inbox.get()
+        if first is None:
+            return None
+        batch = [first]
+        while len(batch) < BATCH:
+            try:
+                more = self._inbox.get_nowait()
+            except queue.Empty:
+                break
+            if more is None:
+                self._inbox.put(None)
+                break
+            batch.append(more)
+        return batch
+
+    def route_batch(self, request_ids: list[str]) -> None:
+        """Embed these accepted requests as one batch and queue each. Those that have moved on are left alone."""
+        records = [r for r in self.ledger.get_many(request_ids) if r.state is State.ACCEPTED]
+        if not records:
+            return
+        vectors = self.embedder.embed_texts([r.request.prompt for r in records])
+        for record, vector in zip(records, vectors, strict=True):
+            try:
+                self.route_one(record, np.asarray(vector, dtype=np.float32))
+            except UnavailableError:
+                raise
+            except InvalidInputError as error:
+                self.ledger.end(record.id, State.FAILED, str(error))
+            except ModmError:
+                log.exception("cannot route", extra={"request_id": record.id})
+                self.ledger.end(record.id, State.FAILED, "the router failed; see the orchestrator's log")
+
+    def route_one(self, record: RequestRecord, vector: Vector, *, expected: State = State.ACCEPTED) -> None:
+        """Decide one request and carry the decision out."""
+        text = encode_vector(vector)
+        decision = self.router.decide(record, vector)
+        if decision.waits_on is not None:
+            answer = self.ledger.wait_on(
+                record.id, decision.waits_on, decision, until_s=self.router.wait_until_s(record), text_vector=text
+            )
+            if answer == "ok":
+                self.remember(record, vector, decision)
+                return
+            decision = self.router.decide(record, vector, inflight=False)
+        if decision.route is Route.STORED:
+            stored = self.router.stored_completion(record, decision)
+            if stored is not None and self.ledger.finish_stored(record.id, stored, decision):
+                return
+            decision = self.router.decide(record, vector, stored=False)
+        if self.ledger.route(
+            record.id, decision, expected=expected, text_vector=text, rank=self.router.rank(record, decision)
+        ):
+            self.tokens.send(decision.route.value, record.id, decision)
+            self.remember(record, vector, decision)
+            if self.observe is not None:
+                self.observe(record, decision)
+            log.info(
+                decision.reason,
+                extra={"request_id": record.id, "route": decision.route.value, "similarity": decision.similarity,
+                       "k": decision.skipped_steps},
+            )  # fmt: skip
+
+    def remember(self, record: RequestRecord, vector: Vector, decision: Decision | None = None) -> None:
+        decision = decision or record.decision
+        source = self.open_requests.get(decision.waits_on) if decision is not None and decision.waits_on else None
+        self.open_requests.put(
+            OpenRequest(
+                id=record.id,
+                namespace=record.request.namespace,
+                size=record.request.size,
+                client=record.request.client,
+                order=record.accepted_s,
+                chain_depth=0 if source is None else source[0].chain_depth + 1,
+                is_miss=decision is not None and decision.route is Route.LARGE_GEN and decision.waits_on is None,
+                prompt=record.request.prompt,
+                seed=record.request.seed,
+            ),
+            vector,
+        )

@@ -1,0 +1,236 @@
+"""Gathers what the pure router needs (cache search, open requests, learned times), asks it, and notes what was used."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from modm_tasks.ledger import Ledger
+from modm_tasks.messages import Completion, Decision, RequestRecord, Route
+from modm_tasks.settings import Settings
+from orchestrator.decisions import routing
+from orchestrator.decisions.ladder import Ladder
+from orchestrator.open_requests import OpenRequest, OpenRequests, Vector
+from vector_store.cache import ImageCache
+from vector_store.entries import ImageEntry, Match
+
+log = logging.getLogger(__name__)
+
+#: Learned figures are read again after this long; a decision must not cost five reads of Redis.
+FRESH_S = 1.0
+
+
+class Router:
+    """One per orchestrator. Thread-safe: the pipeline and the admission both ask."""
+
+    def __init__(self, settings: Settings, ledger: Ledger, cache: ImageCache, ladder: Ladder) -> None:
+        self.settings, self.ledger, self.cache, self.ladder = settings, ledger, cache, ladder
+        self.open_requests = OpenRequests(cache.dim)
+        self._lock = threading.Lock()
+        self._read_at = float("-inf")
+        self._large_s = self._small_s = self._wait_s = 0.0
+        self._lowered = 0
+
+    # --- decisions ----------------------------------------------------------------------------------------------
+
+    def decide(
+        self, record: RequestRecord, vector: Vector, *, inflight: bool = True, stored: bool = True
+    ) -> Decision:
+        """Decide a request by its text vector. The chosen source is noted as used."""
+        given = self._given(record, vector, inflight=inflight, stored=stored)
+        decision = routing.route(given)
+        if decision.source_id is not None and decision.waits_on is None:
+            self.cache.touch(decision.source_id, record.request.namespace, self.now_s(), decision.skipped_steps)
+        return decision
+
+    def after_wait(self, record: RequestRecord, vector: Vector, source: RequestRecord | None) -> Decision:
+        """The source has ended: its true similarity decides, together with whatever else is cached by now."""
+        predicted = record.decision.predicted_similarity if record.decision else None
+        decision = self.decide(record, vector, inflight=False)
+        ended = "gone" if source is None else source.state.value
+        note = f"after waiting (source {ended}, predicted {predicted or 0.0:.3f}): {decision.reason}"
+        return decision.model_copy(update={"predicted_similarity": predicted, "reason": note})
+
+    def rebind(self, record: RequestRecord, vector: Vector, source: ImageEntry, similarity: float) -> Decision | None:
+        """A queued miss looked at again because of a new image: a decision where that makes it a hit, else None.
+
+        The images cached before have been looked at before, so the new one is the only candidate: no search.
+        """
+        if record.request.cache not in {"auto", "no-store"} or self.policy(record) in {"large-only", "small-only"}:
+            return None
+        given = self._given(record, vector, inflight=False, stored=False, match=Match(entry=source, similarity=similarity))
+        decision = routing.route(given)
+        if decision.route is not Route.SMALL_REFINE or decision.source_id is None:
+            return None
+        self.cache.touch(source.id, source.namespace, self.now_s(), decision.skipped_steps)
+        return decision.model_copy(update={"reason": f"late binding: {decision.reason}"})
+
+    def late_candidates(
+        self, finished: RequestRecord, image_vector: Vector
+    ) -> list[tuple[OpenRequest, Vector, float]]:
+        """Queued misses that the new image is similar enough to, most similar first."""
+        if "late-binding" not in self.features(finished):
+            return []
+        found = self.open_requests.misses_like(
+            image_vector,
+            namespace=finished.request.namespace,
+            size=finished.request.size,
+            client=self._client(finished),
+            floor=self.ladder.threshold,
+        )
+        out = []
+        for item, similarity in found:
+            kept = self.open_requests.get(item.id)
+            if kept is not None:
+                out.append((item, kept[1], similarity))
+        return out
+
+    def rank(self, record: RequestRecord, decision: Decision) -> float | None:
+        """The place in the queue; None keeps the order of acceptance."""
+        if "deadline" not in self.features(record):
+            return None
+        self._refresh()
+        service = self._large_s if decision.route is Route.LARGE_GEN else self._small_s
+        deadline = record.request.deadline_s or self.settings.slo.multiple * self._large_s
+        accepted = record.accepted_s
+        return accepted + deadline - service if deadline > 0 else None
+
+    def wait_until_s(self, record: RequestRecord) -> float:
+        """Unix seconds after which a waiting request is routed anyway: counted from its own turn, because a bound from
+        now would undo in-flight reuse exactly at saturation, where the turn itself is far away."""
+        self._refresh()
+        return record.accepted_s + self._wait_s + self.settings.routing.wait_bound_s
+
+    def stored_completion(self, record: RequestRecord, decision: Decision) -> Completion | None:
+        """What an exact repeat is answered with: the stored image under the new id; None where it is gone."""
+        entry = self.cache.get(decision.source_id or "", record.request.namespace)
+        if entry is None or not self.cache.images.exists(entry.uri):
+            return None
+        width, height = (int(side) for side in entry.size.split("x"))
+        return Completion(
+            uri=entry.uri, width=width, height=height, seed=entry.seed, model=entry.model, steps_run=0,
+            skipped_steps=self.settings.num_inference_steps, depth=entry.depth, gpu_s=0.0, vector="",
+            embedder=self.cache.embedder_identity, bytes=entry.bytes,
+        )  # fmt: skip
+
+    # --- inputs -------------------------------------------------------------------------------------------------
+
+    def policy(self, record: RequestRecord) -> str:
+        return record.request.policy or self.settings.routing.policy
+
+    def features(self, record: RequestRecord) -> frozenset[str]:
+        """The mechanisms in force for a request: its own, else the settings'."""
+        named = record.request.features
+        return routing.features_of(self.policy(record), self.settings.routing.features if named is None else named)
+
+    def _client(self, record: RequestRecord) -> str | None:
+        return record.request.client if self.settings.cache.scope == "per-client" else None
+
+    def now_s(self) -> float:
+        return time.time()
+
+    def _given(
+        self, record: RequestRecord, vector: Vector, *, inflight: bool, stored: bool, match: Match | None = None
+    ) -> routing.RouteInput:
+        request, policy, features = record.request, self.policy(record), self.features(record)
+        self._refresh()
+        searching = policy not in {"large-only", "small-only"} and request.cache in {"auto", "no-store"}
+        if match is None and searching:
+            match = self._search(record, vector, features)
+        unfinished = self._unfinished(record, vector) if searching and inflight and "inflight" in features else None
+        return routing.RouteInput(
+            request=request,
+            policy=policy,
+            features=features if stored else features - {"repeats"},
+            ladder=self.ladder,
+            total_steps=request.num_inference_steps or self.settings.num_inference_steps,
+            found=None if match is None else self._found(record, match),
+            unfinished=unfinished,
+            large_service_s=self._large_s,
+            small_service_s=self._small_s,
+            miss_wait_s=self._wait_s,
+            lowered_rungs=self._lowered,
+            repeat_max_k=self.settings.routing.repeat_max_k,
+            wait_depth=self.settings.routing.wait_depth,
+        )
+
+    def _search(self, record: RequestRecord, vector: Vector, features: frozenset[str]) -> Match | None:
+        matches = self.cache.search(
+            vector,
+            namespace=record.request.namespace,
+            size=record.request.size,
+            client=self._client(record),
+            max_depth=self.settings.cache.max_depth if "drift" in features else None,
+            exclude_ids=[record.id],
+            limit=8 if "repeats" in features else 1,
+        )
+        if not matches:
+            return None
+        if "repeats" not in features:
+            return matches[0]
+        same = [m for m in matches if m.entry.prompt == record.request.prompt]
+        exact = [m for m in same if m.entry.seed == record.request.seed and m.entry.depth == 0]
+        if exact:
+            return exact[0]
+        # Spread repeats over the sources that are as good as the best, least used first, so that variations vary.
+        best = matches[0]
+        rung = self.ladder.lookup(best.similarity)
+        if best.entry.prompt == record.request.prompt and rung is not None and record.request.seed is None:
+            return min((m for m in matches if self.ladder.lookup(m.similarity) == rung), key=lambda m: m.entry.hits)
+        return best
+
+    @staticmethod
+    def _found(record: RequestRecord, match: Match) -> routing.Found:
+        entry, request = match.entry, record.request
+        plain = not request.negative_prompt and request.guidance_scale is None and request.num_inference_steps is None
+        return routing.Found(
+            id=entry.id,
+            uri=entry.uri,
+            similarity=match.similarity,
+            depth=entry.depth,
+            same_prompt=entry.prompt == request.prompt,
+            same_seed=plain and request.seed is not None and entry.seed == request.seed and entry.depth == 0,
+        )
+
+    def _unfinished(self, record: RequestRecord, vector: Vector) -> routing.Unfinished | None:
+        """The open request whose image promises most. Text-to-text cosine predicts text-to-image by the ladder's map."""
+        found = self.open_requests.most_similar(
+            vector,
+            namespace=record.request.namespace,
+            size=record.request.size,
+            client=self._client(record),
+            before=record.accepted_s,
+            limit=8,
+        )
+        usable = [(i, s) for i, s in found if i.id != record.id and i.chain_depth < self.settings.routing.wait_depth]
+        if not usable:
+            return None
+        item, text_similarity = usable[0]
+        return routing.Unfinished(
+            id=item.id,
+            predicted=self.ladder.predict(text_similarity),
+            ready_in_s=self._ready_in_s(item),
+            chain_depth=item.chain_depth,
+        )
+
+    def _ready_in_s(self, item: OpenRequest) -> float:
+        """Roughly when an open request's image is there: its own queue wait still ahead, and its drawing."""
+        waited = max(0.0, self.now_s() - item.order)
+        service = self._large_s if item.is_miss else self._small_s
+        return max(0.0, self._wait_s - waited) + service
+
+    def _refresh(self) -> None:
+        with self._lock:
+            if time.monotonic() - self._read_at < FRESH_S:
+                return
+            steps, counts, control = self.ledger.step_s(), self.ledger.counts(), self.ledger.control()
+            total = self.settings.num_inference_steps
+            self._large_s = self.settings.slo.large_latency_s or steps.get(self.settings.large_model, 0.0) * total
+            self._small_s = steps.get(self.settings.small_model, 0.0) * total
+            workers = max(1, len(self.ledger.workers()))
+            work = counts["ready:large-gen"] * self._large_s + counts["ready:small-refine"] * self._small_s * 0.6
+            self._wait_s = work / workers
+            self._lowered = min(control.degradation, self.settings.slo.floor_threshold_rungs)
+            self._read_at = time.monotonic()
+

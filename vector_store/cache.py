@@ -1,0 +1,356 @@
+"""The image cache: finished images by the vector of what they show, one collection per (embedder, namespace).
+
+Vectors of two embedders never meet: the collection's name carries the embedder's identity. Points are named by request
+id, so a completion that is delivered twice is stored once. Vectors and files leave together, vectors first: a file too
+many wastes disk, a vector too many sends a worker to an image that is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from modm_tasks.errors import InvalidInputError, ModmError, NotFoundError
+from modm_tasks.image_store import ImageStore, request_id_of
+from modm_tasks.settings import Settings
+from vector_store.backends.base import Filter, Point, Scored, VectorBackend
+from vector_store.embedder import Vector
+from vector_store.entries import ImageEntry, Match, entry_of
+from vector_store.eviction import Held, choose
+
+log = logging.getLogger(__name__)
+
+#: Results fetched at once when a condition that most images meet is checked here and not by the engine.
+_LOOK_AHEAD = 16
+_HELD_FIELDS = ("seq", "created_s", "last_used_s", "utility")
+
+
+def collection_name(identity: str, namespace: str, kind: str = "images") -> str:
+    """``images_{identity}_{namespace}``; an identity has no underscore."""
+    return f"{kind}_{identity}_{namespace}"
+
+
+def namespaces_of(collections: Sequence[str], identity: str, kind: str = "images") -> list[str]:
+    """Namespaces among collection names."""
+    prefix = collection_name(identity, "", kind)
+    return sorted(name.removeprefix(prefix) for name in collections if name.startswith(prefix))
+
+
+class ImageCache:
+    """Thread-safe; one lock around what reads before it writes.
+
+    With a Qdrant server several processes may share the collections. Then two inserts at the same moment may get the
+    same ``seq`` (they are equally old) and two uses of one image may be counted once.
+    """
+
+    def __init__(
+        self,
+        backend: VectorBackend,
+        embedder_identity: str,
+        dim: int,
+        settings: Settings,
+        image_store: ImageStore,
+    ) -> None:
+        self.backend, self.embedder_identity, self.dim = backend, embedder_identity, dim
+        self.settings, self.images = settings, image_store
+        self.lock = threading.RLock()
+        #: Age of the image at each of the latest uses in this process, seconds.
+        self.recent_hit_ages_s: deque[float] = deque(maxlen=5000)
+        self._next_seq: dict[str, int] = {}
+        self._since_evict: dict[str, int] = {}
+        self._deleted: dict[str, int] = {}
+        self._made: set[str] = set()
+
+    def name(self, namespace: str) -> str:
+        """The collection of a namespace."""
+        return collection_name(self.embedder_identity, namespace)
+
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    def search(
+        self,
+        vector: Vector,
+        *,
+        namespace: str = "default",
+        size: str | None = None,
+        client: str | None = None,
+        max_depth: int | None = None,
+        exclude_ids: Sequence[str] = (),
+        limit: int = 1,
+    ) -> list[Match]:
+        """The nearest images, best first. ``vector`` is float32 [dim]. An unknown namespace holds nothing.
+
+        ``size`` and ``client`` choose few images, so the engine filters by them. Nearly all images meet the other two
+        conditions, which would double the engine's time (measured: 1 ms against 2.2 ms at 10,000), so more results are
+        taken and checked here, and only where that leaves too few does the engine filter by everything.
+        """
+        few = {k: v for k, v in (("size", size), ("client", client)) if v is not None}
+        excluded = set(exclude_ids)
+
+        def fits(found: Scored) -> bool:
+            too_deep = max_depth is not None and int(found.payload.get("depth", 0)) > max_depth
+            return found.id not in excluded and not too_deep
+
+        picky = max_depth is not None or bool(excluded)
+        want = limit + len(excluded) + _LOOK_AHEAD if picky else limit
+        found = self._search(namespace, vector, want, Filter(equals=few))
+        fit = [one for one in found if fits(one)]
+        if len(fit) < limit and len(found) == want:
+            at_most = {} if max_depth is None else {"depth": max_depth}
+            fit = self._search(namespace, vector, limit, Filter(equals=few, at_most=at_most, not_ids=tuple(excluded)))
+        return [_match(one) for one in fit[:limit]]
+
+    def _search(self, namespace: str, vector: Vector, limit: int, where: Filter) -> list[Scored]:
+        try:
+            return self.backend.search(self.name(namespace), vector, limit=limit, where=where)
+        except NotFoundError:
+            if len(vector) != self.dim:
+                raise InvalidInputError(
+                    f"vector has {len(vector)} dimensions, not {self.dim}", field="vector"
+                ) from None
+            return []
+
+    def get(self, image_id: str, namespace: str = "default") -> ImageEntry | None:
+        """One entry, or None."""
+        try:
+            found = self.backend.get(self.name(namespace), [image_id])
+        except NotFoundError:
+            return None
+        return entry_of(found[0].id, found[0].payload) if found else None
+
+    def vector_of(self, image_id: str, namespace: str = "default") -> Vector | None:
+        """The image vector, float32 [dim], or None."""
+        try:
+            found = self.backend.get(self.name(namespace), [image_id], with_vectors=True)
+        except NotFoundError:
+            return None
+        return found[0].vector if found else None
+
+    def holds_uri(self, uri: str) -> bool:
+        """Whether any namespace refers to this file."""
+        try:
+            image_id = request_id_of(uri)
+        except InvalidInputError:
+            return False
+        entries = (self.get(image_id, namespace) for namespace in self.namespaces())
+        return any(entry is not None and entry.uri == uri for entry in entries)
+
+    def iterate(self, namespace: str = "default") -> Iterator[ImageEntry]:
+        """All entries, in no order; read in pages, so what is written meanwhile may or may not come."""
+        try:
+            for point in self.backend.scroll(self.name(namespace)):
+                yield entry_of(point.id, point.payload)
+        except NotFoundError:
+            return
+
+    def vectors(self, namespace: str = "default") -> tuple[list[str], Vector]:
+        """(ids, float32 [n, dim]), row for row."""
+        ids: list[str] = []
+        rows: list[Vector] = []
+        try:
+            for point in self.backend.scroll(self.name(namespace), with_vectors=True, only=("seq",)):
+                if point.vector is not None:
+                    ids.append(point.id)
+                    rows.append(point.vector)
+        except NotFoundError:
+            pass
+        return ids, np.asarray(rows, dtype=np.float32).reshape(len(ids), self.dim)
+
+    def namespaces(self) -> list[str]:
+        """Those of this embedder."""
+        return namespaces_of(self.backend.collections(), self.embedder_identity)
+
+    def count(self, namespace: str = "default") -> int:
+        """Images held."""
+        try:
+            return self.backend.count(self.name(namespace))
+        except NotFoundError:
+            return 0
+
+    # --- writing ------------------------------------------------------------------------------------------------
+
+    def add(self, entry: ImageEntry, vector: Vector) -> ImageEntry:
+        """Store an image that is already in the image store. Returns the entry with its ``seq``.
+
+        Adding an id again replaces it and keeps its place and its uses. Raises InvalidInputError for another dimension.
+        """
+        return self.add_many([(entry, vector)])[0]
+
+    def add_many(self, items: Sequence[tuple[ImageEntry, Vector]]) -> list[ImageEntry]:
+        """Several at once, all of one namespace."""
+        if not items:
+            return []
+        namespace = items[0][0].namespace
+        for entry, vector in items:
+            if entry.namespace != namespace:
+                raise InvalidInputError(f"entries of {entry.namespace!r} and {namespace!r} at once", field="namespace")
+            if np.shape(vector) != (self.dim,) or not np.isfinite(vector).all():
+                raise InvalidInputError(
+                    f"vector of {entry.id} is not {self.dim} finite numbers: shape {np.shape(vector)}", field="vector"
+                )
+        with self.lock:
+            self._ensure(namespace)
+            known = {p.id: p.payload for p in self.backend.get(self.name(namespace), [e.id for e, _ in items])}
+            next_seq = self._seq(namespace)
+            done: list[ImageEntry] = []
+            for entry, _ in items:
+                if entry.id in known:
+                    done.append(_with_history(entry, entry_of(entry.id, known[entry.id])))
+                else:
+                    done.append(replace(entry, seq=next_seq, ancestors=self._ancestors(entry)))
+                    next_seq += 1
+            self.put_raw(namespace, done, [vector for _, vector in items])
+            self._next_seq[namespace] = next_seq
+            self._since_evict[namespace] = self._since_evict.get(namespace, 0) + len(done) - len(known)
+        return done
+
+    def _ancestors(self, entry: ImageEntry) -> tuple[str, ...]:
+        if entry.ancestors or entry.source_id is None:
+            return entry.ancestors
+        source = self.get(entry.source_id, entry.namespace)
+        return (*(source.ancestors if source is not None else ()), entry.source_id)
+
+    def put_raw(self, namespace: str, entries: Sequence[ImageEntry], vectors: Sequence[Vector]) -> None:
+        """Store entries as they are, ``seq`` included: for restore and reindex, which keep the order of insertion."""
+        points = [Point(id=e.id, payload=e.payload(), vector=v) for e, v in zip(entries, vectors, strict=True)]
+        with self.lock:
+            self._ensure(namespace)
+            self.backend.upsert(self.name(namespace), points)
+            self._next_seq.pop(namespace, None)
+
+    def touch(self, image_id: str, namespace: str, now_s: float, skipped_steps: int) -> None:
+        """Note a use, for ``lru`` and ``utility`` and the statistics. An image that has left is none."""
+        with self.lock:
+            entry = self.get(image_id, namespace)
+            if entry is None:
+                return
+            age_s, k = max(0.0, now_s - entry.created_s), str(skipped_steps)
+            self.recent_hit_ages_s.append(age_s)
+            changed = {
+                "hits": entry.hits + 1,
+                "last_used_s": max(entry.last_used_s, now_s),
+                "utility": entry.utility + skipped_steps,
+                "hits_by_k": {**entry.hits_by_k, k: entry.hits_by_k.get(k, 0) + 1},
+                "hit_age_sum_s": entry.hit_age_sum_s + age_s,
+            }
+            self.backend.set_payload(self.name(namespace), image_id, changed)
+
+    def evict(self, namespace: str, in_use: Callable[[Sequence[str]], set[str]] | None = None) -> list[str]:
+        """Bring a namespace back to its capacity; returns the ids that left, with their files.
+
+        Call it after every insert: it acts once per capacity/100 inserts, because deleting points one by one fragments
+        the store, so a namespace may hold 1 % more than its capacity. ``in_use`` says which of some ids a request still
+        needs; they stay, and are chosen again next time.
+        """
+        batch = max(1, self.settings.cache.capacity // 100)
+        with self.lock:
+            if self._since_evict.get(namespace, batch) < batch:
+                return []
+            self._since_evict[namespace] = 0
+            chosen = self._choose(namespace)
+            busy = in_use(chosen) if in_use is not None and chosen else set()
+            if busy.intersection(chosen):
+                self._since_evict[namespace] = batch  # not waiting for another batch: they leave once released
+            return self.remove(namespace, [i for i in chosen if i not in busy])
+
+    def _choose(self, namespace: str) -> list[str]:
+        excess = self.count(namespace) - self.settings.cache.capacity
+        if excess <= 0:
+            return []
+        if self.settings.cache.eviction == "fifo":
+            return [p.id for p in self.backend.extremes(self.name(namespace), "seq", limit=excess)]
+        held = [
+            Held(id=p.id, **{k: p.payload[k] for k in _HELD_FIELDS})
+            for p in self.backend.scroll(self.name(namespace), only=_HELD_FIELDS)
+        ]
+        return choose(held, self.settings.cache.capacity, self.settings.cache.eviction)
+
+    def remove(self, namespace: str, ids: Sequence[str]) -> list[str]:
+        """Delete images, vectors first, then files. Returns the ids that were there."""
+        if not ids:
+            return []
+        name = self.name(namespace)
+        with self.lock:
+            try:
+                found = self.backend.get(name, ids)
+            except NotFoundError:
+                return []
+            self.backend.delete(name, [p.id for p in found])
+            self._deleted[namespace] = self._deleted.get(namespace, 0) + len(found)
+        for point in found:
+            self.delete_file(str(point.payload.get("uri", "")))
+        self._tidy(namespace)
+        return [p.id for p in found]
+
+    def delete_file(self, uri: str) -> bool:
+        """Delete an image file; a failure is logged, as `verify` finds the file later."""
+        try:
+            return self.images.delete(uri)
+        except ModmError as error:
+            log.warning("image not deleted: %s", error)
+            return False
+
+    def _tidy(self, namespace: str) -> None:
+        with self.lock:
+            gone = self._deleted.get(namespace, 0)
+            if gone >= 1000 and gone >= self.settings.cache.capacity // 5:
+                self._deleted[namespace] = 0
+                self.backend.tidy(self.name(namespace))
+
+    def clear(self, namespace: str) -> int:
+        """Delete a namespace with its files. Returns how many images it held."""
+        with self.lock:
+            uris = [entry.uri for entry in self.iterate(namespace)]
+            self.backend.drop(self.name(namespace))
+            for state in (self._next_seq, self._since_evict, self._deleted):
+                state.pop(namespace, None)
+            self._made.discard(namespace)
+        for uri in uris:
+            self.delete_file(uri)
+        return len(uris)
+
+    def tidy(self) -> None:
+        """Reclaim deleted points and build codes in every namespace; call it at start, before serving."""
+        for namespace in self.namespaces():
+            self.backend.tidy(self.name(namespace))
+
+    def close(self) -> None:
+        """Release the store."""
+        self.backend.close()
+
+    def _ensure(self, namespace: str) -> None:
+        if namespace not in self._made:
+            self.backend.create(self.name(namespace), self.dim)
+            self._made.add(namespace)
+
+    def _seq(self, namespace: str) -> int:
+        """The next sequence number, above every one in the store, so that a lost Redis cannot restart it."""
+        if namespace not in self._next_seq or self.backend.shared:
+            top = self.backend.extremes(self.name(namespace), "seq", limit=1, largest=True)
+            stored = int(top[0].payload["seq"]) + 1 if top else 1
+            self._next_seq[namespace] = max(stored, self._next_seq.get(namespace, 1))
+        return self._next_seq[namespace]
+
+
+def _with_history(entry: ImageEntry, kept: ImageEntry) -> ImageEntry:
+    """``entry`` in the place of ``kept``, with its uses."""
+    return replace(
+        entry,
+        seq=kept.seq,
+        hits=kept.hits,
+        hits_by_k=kept.hits_by_k,
+        hit_age_sum_s=kept.hit_age_sum_s,
+        utility=kept.utility,
+        last_used_s=max(kept.last_used_s, entry.last_used_s),
+        ancestors=kept.ancestors or entry.ancestors,
+    )
+
+
+def _match(found: Scored) -> Match:
+    similarity = min(1.0, max(0.0, found.score))
+    return Match(entry=replace(entry_of(found.id, found.payload), similarity=similarity), similarity=similarity)
