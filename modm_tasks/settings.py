@@ -61,7 +61,7 @@ class RoutingSettings(Section):
     features: str = Field("", description="Comma list of modm-plus mechanisms to turn on by themselves.")
     repeat_max_k: int = Field(25, ge=0, le=50, description="Most steps skipped for a repeated prompt without a seed.")
     wait_bound_s: PositiveS = Field(600.0, description="Longest wait on an unfinished source, counted from its turn.")
-    wait_depth: int = Field(3, ge=1, description="Longest chain of requests that wait on one another.")
+    wait_depth: int = Field(8, ge=1, description="Longest chain of requests that wait on one another.")
     escalation_rate: float = Field(0.1, ge=0, le=1, description="Largest share of hits redrawn by the large model.")
 
 

@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict
 #: Not MODM_: a setting of that name does not exist, and unknown ones are errors.
 MARK = "_MODM_STACK_ID"
 PROC = Path("/proc")
+#: Started by this very process. Popen complains when it is dropped before its program ended, and it alone should reap it.
+_children: dict[int, subprocess.Popen[bytes]] = {}
 
 
 class Noted(BaseModel):
@@ -60,9 +62,7 @@ def alive(noted: Noted) -> bool:
     return start_time(noted.pid) == noted.started
 
 
-def start(
-    name: str, command: Sequence[str], *, environ: Mapping[str, str], log: Path, stack_id: str
-) -> tuple[Noted, subprocess.Popen[bytes]]:
+def start(name: str, command: Sequence[str], *, environ: Mapping[str, str], log: Path, stack_id: str) -> Noted:
     """Start in a new session, so that a Ctrl-C at the terminal reaches only the one who asked."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
@@ -74,8 +74,15 @@ def start(
             env={**environ, MARK: stack_id},
             start_new_session=True,
         )
+    _children[popen.pid] = popen
     began = start_time(popen.pid) or ""
-    return Noted(name=name, pid=popen.pid, started=began, command=tuple(command), log=str(log)), popen
+    return Noted(name=name, pid=popen.pid, started=began, command=tuple(command), log=str(log))
+
+
+def exit_status(noted: Noted) -> int | None:
+    """How a process ended that this one started; None while it runs."""
+    popen = _children.get(noted.pid)
+    return popen.poll() if popen is not None else None
 
 
 def marked(stack_id: str) -> list[int]:
@@ -101,12 +108,10 @@ def stop(processes: Sequence[Noted], *, grace_s: float) -> list[str]:
         _signal(noted.pid, signal.SIGTERM)
     deadline = time.monotonic() + grace_s
     while (running := [p for p in running if alive(p)]) and time.monotonic() < deadline:
-        for noted in running:
-            _reap(noted.pid)
         time.sleep(0.03)
     for noted in running:
         _signal(noted.pid, signal.SIGKILL)
-    for noted in running:
+    for noted in processes:
         wait_gone(noted)
     return [p.name for p in running]
 
@@ -121,14 +126,17 @@ def kill_marked(stack_id: str, *, timeout_s: float = 5.0) -> int:
             _reap(pid)
         time.sleep(0.02)
         left = marked(stack_id)
+    for pid in list(_children):
+        _reap(pid)
     return len(first)
 
 
 def wait_gone(noted: Noted, *, timeout_s: float = 5.0) -> None:
+    """A killed process is gone when the system says so, a moment after the signal."""
     deadline = time.monotonic() + timeout_s
     while alive(noted) and time.monotonic() < deadline:
-        _reap(noted.pid)
         time.sleep(0.02)
+    _reap(noted.pid)
 
 
 def _signal(pid: int, signum: int) -> None:
@@ -138,8 +146,8 @@ def _signal(pid: int, signum: int) -> None:
 
 def _reap(pid: int) -> None:
     """A child of ours would stay a zombie; another's child is not ours to wait for."""
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
+    if (popen := _children.get(pid)) is not None and popen.poll() is not None:
+        del _children[pid]
 
 
 def port_holder(port: int) -> str:

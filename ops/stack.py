@@ -104,7 +104,6 @@ class Starter:
         self.settings, self.options, self.say = settings, options, say
         self.home = settings.home.absolute()
         self.began = time.monotonic()
-        self.children: dict[str, processes.subprocess.Popen[bytes]] = {}
         self.environ = dict(os.environ) | options.extra_environ | {"MODM_HOME": str(self.home)}
         if options.mode:
             self.environ["MODM_WORKER__MODE"] = options.mode
@@ -115,14 +114,13 @@ class Starter:
         write_private(state_path(self.home), self.state.model_dump_json(indent=2) + "\n")
 
     def launch(self, name: str, *command: str, environ: dict[str, str] | None = None) -> None:
-        noted, popen = processes.start(
+        noted = processes.start(
             name,
             command,
             environ=self.environ | (environ or {}),
             log=self.home / "logs" / f"{name}.log",
             stack_id=self.state.stack_id,
         )
-        self.children[name] = popen
         self.note(processes=(*self.state.processes, noted))
 
     def start(self) -> StackState:
@@ -191,22 +189,23 @@ class Starter:
         while (last := problem()) is not None:
             self.check_alive()
             if time.monotonic() > deadline:
-                raise UnavailableError(
-                    f"{name} is not ready after {self.options.ready_timeout_s:g} s: {last}\n{self._tail(name)}"
-                )
+                self._show_tail(name)
+                raise UnavailableError(f"{name} is not ready after {self.options.ready_timeout_s:g} s: {last}")
             time.sleep(0.05 if name == "redis" else 0.2)
         self.say(f"{name} ready ({time.monotonic() - self.began:.1f} s)")
 
     def check_alive(self) -> None:
-        for name, popen in self.children.items():
-            if (status := popen.poll()) is not None:
+        for noted in self.state.processes:
+            if (status := processes.exit_status(noted)) is not None:
                 kind = UnavailableError if status == UnavailableError.exit_code else ModmError
-                raise kind(f"{name} ended with status {status}\n{self._tail(name)}")
+                self._show_tail(noted.name)
+                raise kind(f"{noted.name} ended with status {status} while the stack was starting")
 
-    def _tail(self, name: str, lines: int = 12) -> str:
+    def _show_tail(self, name: str, lines: int = 12) -> None:
         log = self.home / "logs" / f"{name}.log"
-        text = log.read_text(errors="replace") if log.exists() else ""
-        return "\n".join([f"--- end of {log}", *text.splitlines()[-lines:]])
+        self.say(f"--- end of {log}")
+        for line in log.read_text(errors="replace").splitlines()[-lines:]:
+            self.say(line)
 
 
 def _secret(url: str) -> object:

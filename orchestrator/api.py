@@ -1,7 +1,6 @@
 """The HTTP API: the service by FastAPI. Errors of ours become one JSON shape; OpenAPI is at /docs and /openapi.json."""
 
-from __future__ import annotations
-
+# Annotations are evaluated here, not postponed: FastAPI must see dependencies that are made inside functions.
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager

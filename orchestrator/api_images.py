@@ -5,8 +5,7 @@ Fields that OpenAI has and MoDM cannot honour (background, moderation, style) ar
 guidance and negative prompt come as extra body fields.
 """
 
-from __future__ import annotations
-
+# Annotations are evaluated here, not postponed: FastAPI must see dependencies that are made inside functions.
 import base64
 import io
 import time

@@ -52,7 +52,7 @@ class Result:
     def hit_rate_over_time(self) -> list[float]:
         """One value per window of requests; a last part of a window is left out unless it is all there is."""
         full = len(self.hits) // self.window or 1
-        return [float(np.mean(self.hits[i * self.window : (i + 1) * self.window] or [0])) for i in range(full)]
+        return [float(np.mean(self.hits[i * self.window : (i + 1) * self.window] or [False])) for i in range(full)]
 
     def summary(self) -> dict[str, Any]:
         """The figures of a table's row. ``saved_share`` is the part of all denoising steps that hits skip."""

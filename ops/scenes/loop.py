@@ -46,6 +46,11 @@ class StepRandom:
     torch: torch.Generator
 
 
+def work_folder() -> Path:
+    """Where checkpoints and evaluation pictures go: `MODM_SCENES_WORK`, else `build/scenes` (ignored by git)."""
+    return Path(os.environ.get("MODM_SCENES_WORK", "build/scenes"))
+
+
 StepFunction = Callable[[int, StepRandom], tuple[torch.Tensor, dict[str, float]]]
 
 

@@ -19,13 +19,15 @@ from modm_tasks.cluster import Control, DesiredRole
 from modm_tasks.errors import UnavailableError
 from modm_tasks.ledger import Ledger
 from modm_tasks.messages import WorkerStatus
+from modm_tasks.queues import TASK_OF_QUEUE
 from modm_tasks.settings import Settings
 from orchestrator.controller import roles
-from orchestrator.controller.decide import Decider, Rules
+from orchestrator.controller.decide import Decider
 from orchestrator.controller.members import Members, Watch
 from orchestrator.controller.metrics import Metrics
 from orchestrator.controller.reconcile import Reconciler
 from orchestrator.controller.remote import RemoteControl
+from orchestrator.controller.rules import Rules
 
 log = logging.getLogger(__name__)
 
@@ -131,8 +133,9 @@ class Controller:
         self.metrics.saw(self.reconciler.round(ready, desired, rules.mode))
         self.metrics.workers(desired, {w.worker for w in ready}, {w.worker for w in ready if w.unwell})
         self.metrics.degradation.set(control.degradation)
-        for queue in ("large-gen", "small-refine"):
-            self.metrics.backlog.labels(queue).set(self.ledger.counts()[f"ready:{queue}"])
+        counts = self.ledger.counts()
+        for queue in TASK_OF_QUEUE:
+            self.metrics.backlog.labels(queue).set(counts[f"ready:{queue}"])
         for worker in self._watch.forgotten(desired, now_s=now):
             log.info("away for long and forgotten", extra={"worker": worker})
             roles.forget(self.ledger, worker)

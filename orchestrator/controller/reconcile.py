@@ -172,4 +172,6 @@ class Reconciler:
         if why is not None:
             out.took_s[worker] = max(0.0, now_s - why.at_s)
             roles.note_time(self.ledger, move, took_s=out.took_s[worker])
-        log.info("moved from %s in %.3f s", old.role, out.took_s.get(worker, 0.0), extra=where | {"reason": move.reason})
+        log.info(
+            "moved from %s in %.3f s", old.role, out.took_s.get(worker, 0.0), extra=where | {"reason": move.reason}
+        )

@@ -14,7 +14,6 @@ from modm_tasks.queues import Mode, Role
 from modm_tasks.redis_client import guarded
 
 
-
 class Decided(BaseModel):
     """When and why the desired role of an epoch was written. Redis clock."""
 

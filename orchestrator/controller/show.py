@@ -40,7 +40,9 @@ def worker_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def explained(answer: Mapping[str, Any]) -> str:
     """The ticks in words and numbers, newest last."""
     lines = [f"leader: {answer['leader'] or 'none'}"]
-    lines.append("since the start: " + (", ".join(f"{n} {w}" for w, n in sorted(answer["counts"].items())) or "nothing"))
+    lines.append(
+        "since the start: " + (", ".join(f"{n} {w}" for w, n in sorted(answer["counts"].items())) or "nothing")
+    )
     for tick in answer["ticks"]:
         at = time.strftime("%H:%M:%S", time.localtime(tick["at_s"]))
         lines += ["", f"{at}  {tick['allocation']}: {tick['n_large']} of {tick['n']} large ({tick['why']})"]

@@ -13,23 +13,18 @@ def assign_roles(
     """A role for each of ``workers``, ``n_large`` of them large (bounded to 0..N), with the fewest moves.
 
     Workers without a role take what is missing first. Then busy ones move before idle ones: a busy worker changes queues
-    at no cost while it draws, and the idle ones go on serving the queue that they already watch. Ties go by name, from
-    the end for large workers that become small, so that low numbers stay large as in the reference.
+    at no cost while it draws, and the idle ones go on serving the queue that they already watch. Ties go by name.
     """
     wanted = max(0, min(len(workers), n_large))
     names = sorted(workers)
+    moving = set(busy)
     large = [w for w in names if current.get(w) == "large"]
     small = [w for w in names if current.get(w) == "small"]
-    fresh = [w for w in names if w not in large and w not in small]
-    taken = max(0, min(len(fresh), wanted - len(large)))
-    large += fresh[:taken]
-    small += fresh[taken:]
-    moving = set(busy)
+    fresh = [w for w in names if current.get(w) not in {"large", "small"}]
     if len(large) > wanted:
-        order = sorted(reversed(large), key=lambda w: (w in fresh[:taken], w not in moving))
-        large = [w for w in large if w not in order[: len(large) - wanted]]
+        large = sorted(large, key=lambda w: w not in moving)[len(large) - wanted :]
     elif len(large) < wanted:
-        order = sorted(small, key=lambda w: (w in fresh, w not in moving))
-        large += order[: wanted - len(large)]
+        order = fresh + sorted(small, key=lambda w: w not in moving)
+        large = large + order[: wanted - len(large)]
     chosen = set(large)
     return {w: "large" if w in chosen else "small" for w in workers}

@@ -126,10 +126,8 @@ def score(s: ClusterSnapshot) -> tuple[Floats, Floats, Floats]:
     miss, hit = loads(s)
     large, small = capacities(s, n, horizon_s)
     lost = breaks(miss, large, horizon_s) + breaks(hit, small, horizon_s)
-    if s.pooled:
-        quality = 1 - np.abs(n - paper.throughput_target(s)) / s.n_workers
-    else:
-        quality = n / s.n_workers
+    balance = 1 - np.abs(n - paper.throughput_target(s)) / s.n_workers
+    quality = balance if s.pooled else n / s.n_workers
     return n, lost, quality
 
 

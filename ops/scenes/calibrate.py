@@ -1,0 +1,162 @@
+"""Measures the ladder: how similar a cached picture must be for how many steps to be skipped.
+
+For every depth k, held-out prompts are refined by `scenes-small` from pictures of `scenes-large` at all distances. The
+rung's similarity is the lowest one above which refined quality, in a sliding band of similarity, stays at
+`alpha` of the large model's own quality. Run: `python -m ops.scenes.calibrate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ops.scenes.classifier import attribute_accuracy
+from ops.scenes.embed import embed_images, embed_texts
+from ops.scenes.export import CLIP_FOLDER, CLIP_NAME, LARGE, SMALL, STEPS
+from ops.scenes.generate import Job, draw_all
+from ops.scenes.holdout import CHAIN_LENGTH, Prompt, calibration_prompts
+from ops.scenes.loop import work_folder
+
+DEPTHS = (5, 10, 15, 20, 25, 30)
+ALPHA = 0.97
+#: Calibrated against a little more than the bar, as the evaluation is on other prompts.
+MARGIN = 0.005
+BAND = 0.06
+LEAST_IN_BAND = 25
+LADDER = CLIP_FOLDER / "ladder.json"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """From `min_similarity` (text to image cosine) on, `skipped_steps` of 50 may be skipped."""
+
+    min_similarity: float
+    skipped_steps: int
+    quality: float
+    pairs: int
+
+
+def lowest_similarity(similarity: np.ndarray, quality: np.ndarray, target: float) -> tuple[float, float, int] | None:
+    """(threshold, quality in the band above it, pairs in that band), or None where not even the best sources do.
+
+    Walks down from the most similar pairs and stops at the first band of `BAND` whose mean quality is below target.
+    """
+    best = None
+    for low in np.arange(round(float(similarity.max()), 2), float(similarity.min()), -0.01):
+        inside = (similarity >= low) & (similarity < low + BAND)
+        if inside.sum() < LEAST_IN_BAND:
+            continue
+        mean = float(quality[inside].mean())
+        if mean < target:
+            break
+        best = (round(float(low), 3), mean, int(inside.sum()))
+    return best
+
+
+def build_ladder(measured: dict[int, tuple[np.ndarray, np.ndarray]], target: float) -> list[Rung]:
+    """Rungs in descending similarity; a depth that never reaches the target gets none."""
+    rungs: list[Rung] = []
+    floor = -1.0
+    for depth in sorted(measured):
+        found = lowest_similarity(*measured[depth], target)
+        if found is None:
+            continue
+        # More skipped steps never ask for less similarity: a noisy estimate must not turn the ladder upside down.
+        floor = round(max(found[0], floor + 0.01), 3)
+        rungs.append(Rung(floor, depth, round(found[1], 4), found[2]))
+    return rungs[::-1]
+
+
+def rung_depth(rungs: Sequence[Rung], similarity: float) -> int:
+    """Skipped steps for a similarity; 0 is a miss."""
+    return next((r.skipped_steps for r in rungs if similarity >= r.min_similarity), 0)
+
+
+def read_ladder(path: Path = LADDER) -> list[Rung]:
+    ladder = json.loads(path.read_text())
+    figures = {row["skipped_steps"]: row for row in ladder["hold_out"]["rungs"]}
+    return [
+        Rung(r["min_similarity"], k := r["skipped_steps"], figures[k]["quality"], figures[k]["pairs"])
+        for r in ladder["rungs"]
+    ]
+
+
+def chain_similarity(prompts: Sequence[Prompt], texts: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """-> (n, CHAIN_LENGTH): cosine of each prompt to each picture of its own chain."""
+    blocks = images.reshape(-1, CHAIN_LENGTH, images.shape[1])
+    return np.einsum("nd,ncd->nc", texts, blocks[[p.chain for p in prompts]])
+
+
+def measure(work: Path, processes: int) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], float]:
+    """Per depth: similarities and qualities of pairs; and the large model's own quality on the same prompts."""
+    prompts = calibration_prompts()
+    folder = work / "pictures"
+    jobs = [Job(LARGE, p.text, p.seed) for p in prompts]
+    images = draw_all(jobs, folder, processes=processes, label="calibrate large")
+    scenes = [p.scene for p in prompts]
+    large = float(attribute_accuracy(images, scenes)["mean"].mean())
+    similarity = chain_similarity(prompts, embed_texts([p.text for p in prompts]), embed_images(images))
+    # Two of the five possible sources a prompt and depth, rotated so that every distance comes up equally often.
+    plan: list[tuple[int, int, int]] = []
+    for r, depth in enumerate(DEPTHS):
+        for i, p in enumerate(prompts):
+            plan += [(depth, i, (i + r + p.chain + step) % CHAIN_LENGTH) for step in (0, 2)]
+    refine = [
+        Job(SMALL, prompts[i].text, prompts[i].seed + 7, _source(jobs, prompts[i], c, folder), depth)
+        for depth, i, c in plan
+    ]
+    refined = draw_all(refine, folder, processes=processes, label="calibrate refine")
+    quality = attribute_accuracy(refined, [scenes[i] for _, i, _ in plan])["mean"]
+    measured = {}
+    for depth in DEPTHS:
+        rows = [n for n, (d, _, _) in enumerate(plan) if d == depth]
+        measured[depth] = (np.array([similarity[plan[n][1], plan[n][2]] for n in rows]), quality[rows])
+    return measured, large
+
+
+def _source(jobs: Sequence[Job], prompt: Prompt, member: int, folder: Path) -> str:
+    return str(jobs[prompt.chain * CHAIN_LENGTH + member].path(folder))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=work_folder())
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    measured, large = measure(arguments.work, arguments.processes)
+    target = (ALPHA + MARGIN) * large
+    rungs = build_ladder(measured, target)
+    profile = {
+        str(depth): [
+            {"similarity": round(float(low), 2), "pairs": int(inside.sum()), "quality": round(float(q[inside].mean()), 4)}
+            for low in np.arange(0.0, 0.85, 0.05)
+            if (inside := (s >= low) & (s < low + 0.05)).sum() >= 10
+        ]
+        for depth, (s, q) in measured.items()
+    }
+    ladder = {
+        "schema_version": 1,
+        "embedder": CLIP_NAME,
+        "refiner": SMALL,
+        "large": LARGE,
+        "num_inference_steps": STEPS,
+        "alpha": ALPHA,
+        "rungs": [{"min_similarity": r.min_similarity, "skipped_steps": r.skipped_steps} for r in rungs],
+        "hold_out": {
+            "prompts": len(calibration_prompts()),
+            "large_quality": round(large, 4),
+            "rungs": [{"skipped_steps": r.skipped_steps, "quality": r.quality, "pairs": r.pairs} for r in rungs],
+            "by_depth": profile,
+        },
+    }
+    LADDER.write_text(json.dumps(ladder, indent=2) + "\n")
+    print(json.dumps(ladder["rungs"], indent=2))
+
+
+if __name__ == "__main__":
+    main()

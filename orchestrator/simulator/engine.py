@@ -1,0 +1,362 @@
+"""The event loop: arrivals, completions, controller ticks and patience, in virtual time. Time 0 is the first decision.
+
+The router, ladder, ranks, allocation and role assignment are the production functions; only drawing takes modelled time.
+Service time of a hit: small_s (1 - k/T); of a large worker's spare hit under the published roles: large_s (1 - k/T).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from heapq import heappop, heappush
+
+import numpy as np
+
+from modm_tasks.messages import Decision, Route, SubmitRequest
+from orchestrator.decisions import routing
+from orchestrator.decisions.allocation import overload
+from orchestrator.simulator.config import SimConfig
+from orchestrator.simulator.control import Controller
+from orchestrator.simulator.fleet import LARGE_GEN, SMALL_REFINE, Fleet
+from orchestrator.simulator.outcome import Outcome
+from orchestrator.simulator.similarity import Similarities
+from orchestrator.simulator.windows import Windows
+
+NEW, WAITING, QUEUED, RUNNING, DONE, REFUSED = range(6)
+_DONE_EVENT, _TIRED_EVENT = 0, 1
+_REQUEST = SubmitRequest(prompt="simulated")
+#: The production router's guess at an average hit, as a share of a full small image.
+_HIT_SHARE = 0.6
+
+
+class Simulation:
+    """One run. ``arrivals_s`` are ascending; request r is row ``warm + r`` of ``source``."""
+
+    def __init__(self, config: SimConfig, source: Similarities, arrivals_s: Sequence[float]) -> None:
+        self.config, self.source = config, source
+        self.arrivals = [float(t) for t in arrivals_s]
+        n, warm = source.warm + len(self.arrivals), source.warm
+        self.now = 0.0
+        self.state = [DONE] * warm + [NEW] * len(self.arrivals)
+        self.cached = bytearray(n)
+        self.window_fifo: deque[int] = deque()
+        self.depth = [0] * n
+        self.chain = [0] * n
+        self.waiters: dict[int, list[int]] = {}
+        self.decisions: list[Decision | None] = [None] * n
+        self.rank = [0.0] * n
+        self.saved_s: dict[int, float] = {}
+        self.large_s, self.small_s, self.steps = config.large_s, config.small_s, config.total_steps
+        self.lowered = 0
+        self.refuse_until = 0.0
+        self.fleet = Fleet(config.gpus, config.workers, self._first_large())
+        self.end_sum = 0.0
+        self.switching: set[int] = set()
+        self.windows = Windows(config.window_s, config.bucket_s)
+        self.controller = Controller(config, self) if config.workers != "pooled" or config.degrade else None
+        self.outcome = Outcome(config, self.arrivals, warm)
+        self._events: list[tuple[float, int, int, int]] = []
+        self._seq = 0
+        self._chance = np.random.default_rng(config.seed + 1)
+        self._hits = self._escalated = 0
+        for row in range(warm):
+            self._admit_image(row)
+
+    def _first_large(self) -> int:
+        """All large at first, as the reference's quality scripts; one small one for its throughput script (A7)."""
+        c = self.config
+        if c.allocation == "static":
+            return min(c.gpus, c.static_large)
+        return max(1, c.gpus - 1) if c.allocation == "modm-throughput" else c.gpus
+
+    def run(self) -> Outcome:
+        """Until the last request has ended."""
+        arrivals, events, warm = self.arrivals, self._events, self.source.warm
+        total, next_arrival = len(arrivals), 0
+        controller = self.controller
+        tick_s = controller.next_s if controller else float("inf")
+        while True:
+            at = arrivals[next_arrival] if next_arrival < total else float("inf")
+            event_s = events[0][0] if events else float("inf")
+            if at == event_s == float("inf"):
+                break
+            if tick_s <= min(at, event_s) and controller is not None:
+                self.now = tick_s
+                controller.tick()
+                tick_s = controller.next_s
+            elif event_s <= at:
+                self.now, _, kind, row = heappop(events)
+                if kind == _DONE_EVENT:
+                    self._finished(row)
+                else:
+                    self._tired(row)
+            else:
+                self.now = at
+                self._arrived(warm + next_arrival)
+                next_arrival += 1
+        self.outcome.close(self)
+        return self.outcome
+
+    # --- events -------------------------------------------------------------------------------------------------
+
+    def _arrived(self, row: int) -> None:
+        self.windows.count(self.now, "arrivals")
+        self.rank[row] = self.now
+        decision = self._decide(row, inflight=True)
+        if self._refused(row, decision):
+            return
+        if decision.route is Route.STORED:
+            self.state[row] = DONE
+            self.outcome.stored(row, self.now, decision)
+            return
+        if decision.waits_on is not None:
+            self._wait(row, decision)
+        else:
+            self._enqueue(row, decision)
+
+    def _refused(self, row: int, decision: Decision) -> bool:
+        c = self.config
+        if self.now < self.refuse_until:
+            retry_s = self.refuse_until - self.now
+        elif c.admit:
+            wait = self._wait_ahead_s(decision)
+            retry_s = overload.admit(wait_s=wait, service_s=self._service_s(decision), slo_s=c.slo_s)
+        else:
+            return False
+        if retry_s <= 0:
+            return False
+        self.state[row] = REFUSED
+        self.windows.count(self.now, "refused")
+        self.outcome.refused(row, self.now, retry_s)
+        return True
+
+    def _wait_ahead_s(self, decision: Decision) -> float:
+        """Predicted wait of a request that is queued now, by the workers that serve its queue."""
+        fleet, queues = self.fleet, self.fleet.queues
+        running_s = self.end_sum - fleet.n_busy * self.now
+        large, small = queues[LARGE_GEN].work_s, queues[SMALL_REFINE].work_s
+        if fleet.mode != "roles":
+            return (large + small + running_s) / self.config.gpus if fleet.n_busy == self.config.gpus else 0.0
+        share = fleet.n_large / self.config.gpus
+        if decision.route is Route.LARGE_GEN:
+            return (large + running_s * share) / max(1, fleet.n_large) if fleet.n_busy == self.config.gpus else 0.0
+        n_small = self.config.gpus - fleet.n_large
+        if n_small == 0:
+            return (large + small * self.large_s / self.small_s + running_s) / self.config.gpus
+        return (small + running_s * (1 - share)) / n_small if fleet.n_busy == self.config.gpus else 0.0
+
+    def _wait(self, row: int, decision: Decision) -> None:
+        source = int(decision.waits_on or 0)
+        self.state[row] = WAITING
+        self.decisions[row] = decision
+        self.chain[row] = self.chain[source] + 1
+        self.waiters.setdefault(source, []).append(row)
+        self.outcome.waited[row] = True
+        # A bound counted from now instead undoes in-flight reuse at saturation, where the turn itself is far away.
+        self._push(self.now + self.config.wait_bound_s, _TIRED_EVENT, row)
+        self._hasten(source, self.large_s - self._service_s(decision))
+
+    def _hasten(self, source: int, saved_s: float) -> None:
+        """A source that is waited on goes first in proportion to the work that it saves."""
+        self.saved_s[source] = self.saved_s.get(source, 0.0) + saved_s
+        for queue in self.fleet.queues.values():
+            if source in queue:
+                rank = routing.hastened(queue.rank(source), saved_s=saved_s, n_workers=self.config.gpus)
+                queue.put(source, rank, queue.service_s(source))
+                return
+
+    def _enqueue(self, row: int, decision: Decision) -> None:
+        """Queue it at its own rank and start it at once where a worker is idle."""
+        self.state[row] = QUEUED
+        self.decisions[row] = decision
+        service = self._service_s(decision)
+        queue = LARGE_GEN if decision.route is Route.LARGE_GEN else SMALL_REFINE
+        rank = self._rank(row, service)
+        worker = self.fleet.take_worker(queue)
+        if worker is None:
+            self.fleet.queues[queue].put(row, rank, service)
+        else:
+            self._start(worker, row)
+
+    def _rank(self, row: int, service_s: float) -> float:
+        rank = self.rank[row]
+        if "deadline" in self.config.features:
+            rank = routing.slack_rank(accepted_s=rank, deadline_s=self.config.slo_s, service_s=service_s)
+        if row in self.saved_s:
+            rank = routing.hastened(rank, saved_s=self.saved_s[row], n_workers=self.config.gpus)
+        return rank
+
+    def _start(self, worker: int, row: int) -> None:
+        decision = self.decisions[row]
+        assert decision is not None
+        large = decision.route is Route.LARGE_GEN or (
+            self.fleet.mode == "roles" and self.fleet.roles[worker] == "large" and decision.source_id is not None
+        )
+        service = self._service_s(decision, large=large)
+        if worker in self.switching:
+            self.switching.discard(worker)
+            service += self.config.switch_s
+        if self._escalates(decision):
+            service += self.large_s
+            self.outcome.escalated[row] = True
+        self.state[row] = RUNNING
+        self.outcome.started(row, self.now, decision, large=large)
+        end = self.now + service
+        self.end_sum += end
+        self.outcome.worker[row] = worker
+        self._push(end, _DONE_EVENT, row)
+
+    def _finished(self, row: int) -> None:
+        worker = int(self.outcome.worker[row])
+        self.end_sum -= self.now
+        self.state[row] = DONE
+        decision = self.decisions[row]
+        assert decision is not None
+        self.outcome.finished(row, self.now)
+        generated = decision.route is Route.LARGE_GEN or bool(self.outcome.escalated[row])
+        self.depth[row] = 0 if generated else decision.source_depth + 1
+        enters = generated or self.config.cache_admission == "all"
+        if enters:
+            self._admit_image(row)
+        for waiter in self.waiters.pop(row, ()):
+            if self.state[waiter] == WAITING:
+                self._after_wait(waiter)
+        if enters and "late-binding" in self.config.features:
+            self._rebind(row)
+        given = self.fleet.next_for(worker)
+        if given is None:
+            self.fleet.release(worker)
+        else:
+            self._start(worker, given[0])
+
+    def _tired(self, row: int) -> None:
+        if self.state[row] != WAITING:
+            return
+        if self.config.wait_bound_from_turn and self._turn_is_ahead(row):
+            self._push(self.now + self.config.wait_bound_s, _TIRED_EVENT, row)
+            return
+        self.outcome.tired += 1
+        self._after_wait(row)
+
+    def _turn_is_ahead(self, row: int) -> bool:
+        """Whether an earlier request still waits for a worker: then this one would not be drawn either."""
+        decision = self.decisions[row]
+        assert decision is not None
+        rank = self._rank(row, self._service_s(decision))
+        heads = (queue.head() for queue in self.fleet.queues.values())
+        return any(head is not None and head < (rank, row) for head in heads)
+
+    def _after_wait(self, row: int) -> None:
+        """The true similarity decides, at the place in the order that the request had."""
+        decision = self._decide(row, inflight=False)
+        self.chain[row] = 0
+        if decision.route is Route.STORED:
+            self.state[row] = DONE
+            self.outcome.stored(row, self.now, decision)
+        else:
+            self._enqueue(row, decision)
+
+    def _rebind(self, image: int) -> None:
+        queue = self.fleet.queues[LARGE_GEN]
+        for row, _ in self.source.readers(image):
+            if self.state[row] == QUEUED and row in queue:
+                decision = self._decide(row, inflight=False)
+                if decision.route is Route.SMALL_REFINE and decision.source_id is not None:
+                    queue.remove(row)
+                    self.outcome.rebound[row] = True
+                    self._enqueue(row, decision)
+
+    def wake(self, worker: int) -> None:
+        """An idle worker has a new role: it looks into its queues."""
+        given = None if self.fleet.busy[worker] else self.fleet.next_for(worker)
+        if given is not None:
+            self.fleet.occupy(worker)
+            self._start(worker, given[0])
+
+    def _push(self, at_s: float, kind: int, row: int) -> None:
+        self._seq += 1
+        heappush(self._events, (at_s, self._seq, kind, row))
+
+    # --- decisions ----------------------------------------------------------------------------------------------
+
+    def _decide(self, row: int, *, inflight: bool) -> Decision:
+        c = self.config
+        decision = routing.route(
+            routing.RouteInput(
+                request=_REQUEST,
+                policy=c.policy,
+                features=c.features,
+                ladder=c.ladder,
+                total_steps=self.steps,
+                found=self._found(row),
+                unfinished=self._unfinished(row) if inflight and "inflight" in c.features else None,
+                large_service_s=self.large_s,
+                small_service_s=self.small_s,
+                miss_wait_s=self._queue_wait_s(),
+                lowered_rungs=self.lowered,
+                repeat_max_k=c.repeat_max_k,
+                wait_depth=c.wait_depth,
+            )
+        )
+        if decision.waits_on is None:
+            self.windows.count(self.now, "misses" if decision.route is Route.LARGE_GEN else f"k:{decision.skipped_steps}")
+        return decision
+
+    def _found(self, row: int) -> routing.Found | None:
+        bounded = "drift" in self.config.features
+        for j, similarity in self.source.images(row):
+            if self.cached[j] and not (bounded and self.depth[j] > self.config.max_depth):
+                same = "repeats" in self.config.features and self.source.same_text(row, j)
+                return routing.Found(id=str(j), uri="", similarity=similarity, depth=self.depth[j], same_prompt=same)
+        return None
+
+    def _unfinished(self, row: int) -> routing.Unfinished | None:
+        """As the production router: the most similar earlier open request whose chain is not too long."""
+        ladder, state = self.config.ladder, self.state
+        for j, similarity in self.source.texts(row):
+            if j < row and WAITING <= state[j] <= RUNNING and self.chain[j] < self.config.wait_depth:
+                decision = self.decisions[j]
+                miss = decision is not None and decision.route is Route.LARGE_GEN
+                service = self.large_s if miss else self.small_s
+                waited = self.now - self.rank[j]
+                ready = max(0.0, self._queue_wait_s() - waited) + service
+                return routing.Unfinished(
+                    id=str(j), predicted=ladder.predict(similarity), ready_in_s=ready, chain_depth=self.chain[j]
+                )
+        return None
+
+    def _queue_wait_s(self) -> float:
+        queues = self.fleet.queues
+        hits = len(queues[SMALL_REFINE]) * self.small_s * _HIT_SHARE
+        return (len(queues[LARGE_GEN]) * self.large_s + hits) / self.config.gpus
+
+    def _service_s(self, decision: Decision, *, large: bool = False) -> float:
+        share = 1 - decision.skipped_steps / self.config.total_steps
+        if decision.route is Route.LARGE_GEN:
+            return self.large_s * self.steps / self.config.total_steps
+        return (self.large_s if large else self.small_s) * share
+
+    def _escalates(self, decision: Decision) -> bool:
+        if decision.source_id is None or "verify" not in self.config.features:
+            return False
+        self._hits += 1
+        # Quality is not simulated: a set share of the refined images is taken to score below the floor.
+        score = 0.0 if self._chance.random() < self.config.verify_share else 1.0
+        budget = self.config.escalation_rate
+        if routing.should_escalate(score, 0.5, escalated=self._escalated, hits=self._hits, budget=budget):
+            self._escalated += 1
+            return True
+        return False
+
+    # --- cache --------------------------------------------------------------------------------------------------
+
+    def _admit_image(self, row: int) -> None:
+        """FIFO window (``vector_store.eviction.fifo`` on an ordered deque: the choice is the front)."""
+        self.cached[row] = 1
+        self.window_fifo.append(row)
+        if len(self.window_fifo) > self.config.cache_capacity:
+            self.cached[self.window_fifo.popleft()] = 0
+
+    def apply_level(self, level: overload.Level, small_s: float) -> None:
+        """What the controller's degradation means for requests routed from now on."""
+        self.lowered, self.steps, self.small_s = level.threshold_rungs, level.large_steps, small_s

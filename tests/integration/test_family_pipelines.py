@@ -1,0 +1,220 @@
+"""Every family with tiny random weights: saved as a folder, loaded by the catalogue, drawn and refined by the engine."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+from collections.abc import Iterator
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modm_tasks.errors import CancelledByUserError, EngineError, OutOfMemoryError
+from modm_tasks.settings import Settings, WorkerSettings
+from workers.architectures import FAMILIES, build
+from workers.catalogue import ModelEntry
+from workers.diffusers_engine import DiffusersEngine
+from workers.engine import GenerateParams, RefineParams
+from workers.pipelines import call_arguments, exact_strength, exact_timesteps, explain, load_pair
+
+STEPS = 4
+SETTINGS_OF = {
+    "sana-sprint": 'pipeline = "SanaSprintPipeline"\nmax_steps = 2\n',
+    "qwen-image": 'guidance_kwarg = "true_cfg_scale"\n',
+    "z-image": "max_sequence_length = 64\n",
+    "sana": "max_sequence_length = 32\n",
+    "sd3": "max_sequence_length = 16\n",
+    "flux": "max_sequence_length = 16\n",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny layers on busy cores: more threads wait for one another."""
+    kept = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(kept)
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A catalogue file beside one saved folder per family."""
+    folder = tmp_path_factory.mktemp("families")
+    text = ""
+    for family in FAMILIES:
+        build(family).save_pretrained(folder / family)
+        text += (
+            f'[tiny-{family}]\nfolder = "{family}"\nsize = "32x32"\nguidance_scale = 3.0\n{SETTINGS_OF.get(family, "")}'
+        )
+    path = folder / "models.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(catalogue: Path) -> DiffusersEngine:
+    settings = Settings(models_file=catalogue, num_inference_steps=STEPS, worker=WorkerSettings(device="cpu"))
+    made = DiffusersEngine(settings)
+    made.load([f"tiny-{family}" for family in FAMILIES])
+    return made
+
+
+def params(family: str, **changes: Any) -> dict[str, Any]:
+    return {"model": f"tiny-{family}", "prompt": "a red fox", "seed": 7, "negative_prompt": "blurry"} | changes
+
+
+def pixels(image: Image.Image) -> bytes:
+    return image.tobytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_routes_run_the_steps_they_say_and_repeat_byte_for_byte(engine: DiffusersEngine, family: str) -> None:
+    own = 2 if family == "sana-sprint" else STEPS
+    seen: list[tuple[int, int]] = []
+    drawn = engine.generate(GenerateParams(**params(family, on_step=lambda done, total: seen.append((done, total)))))
+    assert drawn.model == f"tiny-{family}"
+    assert drawn.image.size == (32, 32)
+    assert drawn.image.mode == "RGB"
+    assert drawn.steps_run == own
+    assert seen == [(i + 1, own) for i in range(own)]
+    assert pixels(engine.generate(GenerateParams(**params(family))).image) == pixels(drawn.image)
+    assert pixels(engine.generate(GenerateParams(**params(family, seed=8))).image) != pixels(drawn.image)
+
+    source = Image.linear_gradient("L").convert("RGB")  # 256x256: resized to the target
+    for k in (1, STEPS - 1):
+        refine = RefineParams(**params(family), source=source, skipped_steps=k, total_steps=STEPS)
+        first, again = engine.refine(refine), engine.refine(refine)
+        assert first.steps_run == own - min(round(k * own / STEPS), own - 1)
+        assert pixels(first.image) == pixels(again.image)
+        assert first.image.size == (32, 32)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux", "sdxl", "sana", "z-image", "qwen-image"])
+def test_a_light_edit_stays_near_what_the_source_decodes_to(engine: DiffusersEngine, family: str) -> None:
+    """With random weights nothing else is known of the result, but that k nearer T keeps more of the source's latent."""
+    pair, _ = engine._residency.ensure(f"tiny-{family}")
+    source = Image.linear_gradient("L").convert("RGB").resize((32, 32))
+    noise_free: list[float] = []
+    for k in (1, STEPS - 1):
+        out = engine.refine(RefineParams(**params(family), source=source, skipped_steps=k, total_steps=STEPS))
+        other = engine.refine(RefineParams(**params(family, seed=8), source=source, skipped_steps=k, total_steps=STEPS))
+        a, b = (np.asarray(x.image, dtype=np.float32) for x in (out, other))
+        noise_free.append(float(np.abs(a - b).mean()))
+    assert noise_free[1] < noise_free[0], "two seeds agree more, the later the start"
+    assert pair.image.scheduler is not pair.text.scheduler
+
+
+def test_sizes_that_a_family_cannot_draw_are_drawn_larger_and_cropped(engine: DiffusersEngine) -> None:
+    for family in ("flux", "sana", "sdxl"):
+        assert engine.generate(GenerateParams(**params(family, size=(40, 24)))).image.size == (40, 24)
+
+
+def test_cancelling_stops_at_the_step_and_the_engine_goes_on(engine: DiffusersEngine) -> None:
+    def stop_at_two(done: int, total: int) -> None:
+        if done == 2:
+            raise CancelledByUserError
+
+    before = pixels(engine.generate(GenerateParams(**params("sd3"))).image)
+    with pytest.raises(CancelledByUserError):
+        engine.generate(GenerateParams(**params("sd3", on_step=stop_at_two)))
+    assert pixels(engine.generate(GenerateParams(**params("sd3"))).image) == before
+
+
+@pytest.mark.parametrize("family", ["sd3", "sdxl", "sana"])
+def test_exact_strength_hits_every_step_of_every_schedule(engine: DiffusersEngine, family: str) -> None:
+    pair, _ = engine._residency.ensure(f"tiny-{family}")
+    for steps in (4, 20, 28, 50):
+        for k in range(steps):
+            strength = exact_strength(pair.image, k, steps)
+            if family == "sana":
+                assert steps - int(steps * strength) == k
+            else:
+                pair.image.scheduler.set_timesteps(steps)
+                assert pair.image.get_timesteps(steps, strength, "cpu")[1] == steps - k
+
+
+def test_each_family_is_called_in_its_own_way(engine: DiffusersEngine) -> None:
+    def call(family: str, negative: str = "") -> dict[str, Any]:
+        pair, _ = engine._residency.ensure(f"tiny-{family}")
+        return call_arguments(pair, pair.text, prompt="p", negative_prompt=negative, guidance_scale=None, seed=0)
+
+    assert call("sd3", "n")["negative_prompt"] == "n"
+    assert call("sd3")["guidance_scale"] == 3.0
+    assert "negative_prompt" not in call("flux", "n"), "FLUX has distilled guidance: it would be ignored"
+    assert call("qwen-image")["true_cfg_scale"] == 3.0
+    assert call("qwen-image")["negative_prompt"] == " ", "without one, Qwen-Image does not guide at all"
+    assert "max_sequence_length" not in call("sdxl")
+
+
+def test_timesteps_stay_float32_in_bfloat16_models(tmp_path: Path) -> None:
+    """FLUX's own pipeline rounds 731.4 to 732; the denoiser's time embedding must see the schedule's value."""
+    for family in ("flux", "qwen-image", "sd3"):
+        pipeline = build(family, dtype=torch.bfloat16)
+        seen: list[torch.Tensor] = []
+        time_proj = pipeline.transformer.time_text_embed.time_proj
+        time_proj.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].clone()))
+        extra = {"max_sequence_length": 16} if family != "qwen-image" else {}
+        with exact_timesteps(pipeline):
+            pipeline(
+                "a fox", width=32, height=32, num_inference_steps=5, output_type="latent",
+                generator=torch.Generator().manual_seed(0), **extra,
+            )  # fmt: skip
+        scale = 1e-3 if family == "qwen-image" else 1.0
+        assert {t.dtype for t in seen} == {torch.float32}
+        got = torch.stack([t.flatten()[0] for t in seen])
+        assert torch.allclose(got, pipeline.scheduler.timesteps * scale, rtol=1e-6), family
+
+
+def test_what_cannot_be_loaded_is_one_clear_line(tmp_path: Path, catalogue: Path) -> None:
+    from huggingface_hub import errors as hub
+
+    entry = ModelEntry(name="m", repo="org/model", revision="v9")
+
+    def hub_error(kind: Any) -> Exception:
+        import httpx
+
+        return kind(
+            "401 Client Error", response=httpx.Response(401, request=httpx.Request("GET", "https://hub/org/model"))
+        )
+
+    assert "is gated" in explain(entry, hub_error(hub.GatedRepoError))
+    assert "has no revision 'v9'" in explain(entry, hub_error(hub.RevisionNotFoundError))
+    assert "no repository 'org/model'" in explain(entry, hub_error(hub.RepositoryNotFoundError))
+    wrapped = OSError("cannot load")
+    wrapped.__cause__ = hub_error(hub.GatedRepoError)
+    assert "HF_TOKEN" in explain(entry, wrapped)
+    assert "modm models pull m" in explain(entry, OSError("no network"))
+
+    torn = tmp_path / "torn"
+    build("sd3").save_pretrained(torn)
+    (torn / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(EngineError, match="model 'torn': cannot load") as caught:
+        load_pair(ModelEntry(name="torn", folder=torn), WorkerSettings(), torch.device("cpu"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_too_small_says_so(catalogue: Path) -> None:
+    settings = Settings(models_file=catalogue, worker=WorkerSettings(device="cpu", memory_mib=1))
+    tight = DiffusersEngine(settings)
+    tight._residency.budget = 1000
+    with pytest.raises(OutOfMemoryError, match="needs .* MiB and the device has"):
+        tight.load(["tiny-sdxl"])
+
+
+def test_nothing_in_diffusers_is_patched() -> None:
+    """Run last: the installed files still match the package's own record."""
+    package = distribution("diffusers")
+    record = package.read_text("RECORD")
+    assert record is not None
+    rows = [row for row in csv.reader(record.splitlines()) if row[0].endswith(".py") and row[1]]
+    assert len(rows) > 500
+    for name, digest, _ in rows:
+        found = hashlib.sha256(Path(str(package.locate_file(name))).read_bytes()).digest()
+        assert digest == "sha256=" + base64.urlsafe_b64encode(found).rstrip(b"=").decode(), name
