@@ -49,7 +49,11 @@ def limits(field: FieldInfo) -> str:
 
 def row(name: str, variable: str, field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True)
-    shown = "" if default is None or default == "" else f"`{str(default).lower() if isinstance(default, bool) else default}`"
+    shown = (
+        ""
+        if default is None or default == ""
+        else f"`{str(default).lower() if isinstance(default, bool) else default}`"
+    )
     kind = ", ".join(filter(None, [type_name(field.annotation), limits(field)]))
     text = (field.description or "").replace("|", "\\|")
     return f"| `{name}` | `{variable}` | {shown} | {kind} | {text} |"
@@ -63,9 +67,8 @@ def render() -> str:
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
             doc = (kind.__doc__ or "").strip().splitlines()[0]
-            rows = [
-                row(f"{name}.{sub}", f"MODM_{name.upper()}__{sub.upper()}", inner) for sub, inner in kind.model_fields.items()
-            ]
+            variable = f"MODM_{name.upper()}__"
+            rows = [row(f"{name}.{s}", f"{variable}{s.upper()}", inner) for s, inner in kind.model_fields.items()]
             sections += [f"\n## `[{name}]` {doc}\n", *head, *rows]
         else:
             top.append(row(name, f"MODM_{name.upper()}", field))

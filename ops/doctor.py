@@ -103,7 +103,7 @@ def _eviction_policy(url: str) -> str:
 
     client = redis.Redis.from_url(url, socket_timeout=2, decode_responses=True)
     try:
-        return str(client.config_get("maxmemory-policy").get("maxmemory-policy", "unknown"))  # type: ignore[union-attr]
+        return str(client.config_get("maxmemory-policy").get("maxmemory-policy", "unknown"))
     except redis.exceptions.RedisError:  # managed services forbid CONFIG
         return "unknown"
     finally:
@@ -150,9 +150,9 @@ def _port(settings: Settings) -> Check:
     api = settings.api
     try:
         state = stack.read_state(settings.home)
-        if state is None or not any(processes.alive(p) for p in state.processes):
-            if api.port:
-                stack.check_port(api.host, api.port)
+        ours = state is not None and any(processes.alive(p) for p in state.processes)
+        if api.port and not ours:
+            stack.check_port(api.host, api.port)
         return Check(name="port", ok=True, said=f"{api.host}:{api.port}")
     except ModmError as error:
         return Check(name="port", ok=False, said=str(error), mend="MODM_API__PORT=0")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import glob
 import json
 import os
@@ -19,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from modm_tasks.errors import ModmError, UnavailableError
 from modm_tasks.settings import Settings
@@ -142,9 +143,8 @@ class Starter:
             self.launch("flower", *MODM, "flower", "--port", str(flower_port))
             self.note(flower_url=f"http://127.0.0.1:{flower_port}")
         self.wait("orchestrator", self._orchestrator_problem)
-        waiting = {f"worker{gpu}": str(gpu) for gpu in range(count)}
-        for name, gpu in waiting.items():
-            self.wait(name, lambda gpu=gpu: self._worker_problem(gpu))  # type: ignore[misc]
+        for gpu in range(count):
+            self.wait(f"worker{gpu}", functools.partial(self._worker_problem, str(gpu)))
         self.check_alive()
         return self.state
 
@@ -178,7 +178,9 @@ class Starter:
 
         here = socket.gethostname()
         try:
-            ready = Ledger.from_settings(self.settings.model_copy(update={"redis_url": _secret(self.state.redis_url)}))
+            ready = Ledger.from_settings(
+                self.settings.model_copy(update={"redis_url": SecretStr(self.state.redis_url)})
+            )
             return None if any(w.gpu == gpu and w.host == here for w in ready.workers()) else "loading its models"
         except UnavailableError as error:
             return str(error)
@@ -206,12 +208,6 @@ class Starter:
         self.say(f"--- end of {log}")
         for line in log.read_text(errors="replace").splitlines()[-lines:]:
             self.say(line)
-
-
-def _secret(url: str) -> object:
-    from pydantic import SecretStr
-
-    return SecretStr(url)
 
 
 def check_port(host: str, port: int) -> None:

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modm_tasks.client import Client
 from modm_tasks.messages import RequestRecord, SubmitRequest
-from orchestrator.service import Service
+from modm_tasks.settings import Settings
+
+if TYPE_CHECKING:
+    from orchestrator.service import Service
+    from vector_store.progress import ImportReport
+
+Say = Callable[[str], None]
+
+
+def open_target(settings: Settings, stack: ExitStack, *, direct: bool) -> HttpTarget | DirectTarget:
+    """The target, closed with ``stack``. Raises UnavailableError where nothing runs, or where the embedded store is held
+    by a running orchestrator (``--direct``)."""
+    if not direct:
+        return HttpTarget(stack.enter_context(Client.from_settings(settings)))
+    from orchestrator.build import build_service
+
+    service = build_service(settings)
+    stack.callback(service.stop)
+    service.start()
+    return DirectTarget(service)
 
 
 class HttpTarget:
@@ -41,6 +61,11 @@ class HttpTarget:
     def set_control(self, **changes: Any) -> None:
         self.client.put("/v1/control", json=changes)
 
+    def import_images(self, folder: Path, namespace: str, say: Say) -> None:
+        from vector_store.remote import import_over_http
+
+        _say(import_over_http(self.client, folder, namespace=namespace), say)
+
     def image(self, request_id: str, destination: Path, *, source: bool = False) -> None:
         self.client.download(f"/v1/requests/{request_id}/{'source' if source else 'image'}", destination)
 
@@ -69,7 +94,18 @@ class DirectTarget:
     def set_control(self, **changes: Any) -> None:
         self.service.ledger.set_control(**changes)
 
+    def import_images(self, folder: Path, namespace: str, say: Say) -> None:
+        from vector_store.importer import import_folder
+
+        _say(import_folder(self.service.parts.cache, self.service.parts.embedder, folder, namespace=namespace), say)
+
     def image(self, request_id: str, destination: Path, *, source: bool = False) -> None:
         record = self.service.get(request_id)
         uri = record.decision.source_uri if source and record.decision else self.service.image_uri(request_id)
         destination.write_bytes(self.service.parts.images.read_bytes(uri or ""))
+
+
+def _say(report: ImportReport, say: Say) -> None:
+    say(f"imported {report.imported} images, {report.skipped} were there already")
+    for problem in report.problems[:10]:
+        say(f"not imported: {problem.file}: {problem.reason}")

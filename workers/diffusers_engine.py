@@ -15,7 +15,7 @@ from modm_tasks.settings import Settings
 from workers.catalogue import ModelEntry, find
 from workers.engine import Drawn, GenerateParams, RefineParams, no_callback, start_step
 from workers.options import check_options
-from workers.pipelines import Pair, draw, load_pair
+from workers.pipelines import Pair, draw, fewest_steps, load_pair
 from workers.residency import Parking, Residency, device_budget, free_cached
 
 log = logging.getLogger(__name__)
@@ -71,13 +71,13 @@ class DiffusersEngine:
         free_cached(self._device)
 
     def probe(self, model: str) -> None:
-        """One real step at the model's own size; its peak above the weights is kept free from then on."""
+        """One real step (or as few as it can) at the model's own size; its peak above the weights is kept free from then on."""
         entry = self._entry(model)
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         pair, _ = self._ensure(entry)
         before = torch.cuda.memory_allocated(self._device) if self.device == "cuda" else 0
-        draw(pair, prompt="a warm-up", seed=0, steps=1, size=entry.size_px, on_step=no_callback)
+        draw(pair, prompt="a warm-up", seed=0, steps=fewest_steps(pair.text), size=entry.size_px, on_step=no_callback)
         if self.device == "cuda":
             peak = torch.cuda.max_memory_allocated(self._device) - before
             self._residency.working_bytes = max(self._residency.working_bytes, peak)
@@ -91,7 +91,7 @@ class DiffusersEngine:
     def _run(self, params: GenerateParams, *, start_share: tuple[int, int], source: Any = None) -> Drawn:
         entry = self._entry(params.model)
         pair, load_s = self._ensure(entry)
-        steps = entry.steps_for(params.num_inference_steps, self._settings)
+        steps = max(entry.steps_for(params.num_inference_steps, self._settings), fewest_steps(pair.text))
         began = time.perf_counter()
         image, run = draw(
             pair,

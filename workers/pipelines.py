@@ -133,6 +133,11 @@ def size_multiple(pipeline: Any) -> int:
     return factor * int(getattr(pipeline.transformer.config, "patch_size", 1) or 1)
 
 
+def fewest_steps(pipeline: Any) -> int:
+    """A schedule that is stretched to end at a given sigma (Qwen-Image) has no meaning with one step: 0 / 0."""
+    return 2 if pipeline.scheduler.config.get("shift_terminal") else 1
+
+
 def exact_strength(pipeline: Any, start: int, steps: int) -> float:
     """The ``strength`` that makes this pipeline begin at step ``start`` of ``steps``: 1 - k/T, nudged.
 

@@ -27,7 +27,7 @@ WARM, REQUESTS = 200, 400
 #: What a user does next: say exactly the same again, say the same in other words, change one attribute, change
 #: several, or turn to another subject.
 ACTIONS = ("repeat", "reword", "edit", "rework", "new")
-SHARES = (0.13, 0.26, 0.21, 0.25, 0.15)
+SHARES = (0.115, 0.25, 0.09, 0.375, 0.17)
 #: Requests a minute, in the trace's recorded arrivals.
 RATE_PER_MIN = 60.0
 
@@ -78,8 +78,8 @@ def stream(seed: int = 7, count: int = WARM + REQUESTS) -> list[Request]:
 
 def _lag(rng: np.random.Generator, index: int) -> int:
     """How many requests back the prompt is that a user goes on from: a recent one of a few, or an old favourite."""
-    if rng.random() < 0.75:
-        lag = 1 + rng.lognormal(np.log(4.5), 0.9)
+    if rng.random() < 0.82:
+        lag = 1 + rng.lognormal(np.log(3.5), 0.9)
     else:
         lag = np.exp(rng.uniform(np.log(30), np.log(500)))
     return int(np.clip(lag, 1, index))

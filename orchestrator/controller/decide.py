@@ -59,6 +59,10 @@ class Decider:
         """Whether the period is over."""
         return time.monotonic() - self._decided >= rules.period_s
 
+    def skip(self) -> None:
+        """The next decision is a period from now."""
+        self._decided = time.monotonic()
+
     def decide(
         self,
         rules: Rules,

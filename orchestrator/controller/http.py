@@ -103,12 +103,9 @@ def build_router(
 
 
 def check_control(changes: dict[str, Any]) -> None:
-    """Raises InvalidInputError for an allocation policy that does not exist, or null where a value is needed."""
+    """Raises InvalidInputError for an allocation policy that does not exist."""
     allocation = changes.get("allocation")
     if allocation is not None and allocation not in POLICIES:
         raise InvalidInputError(
             f"allocation must be one of {', '.join(POLICIES)}, not {allocation!r}", field="allocation"
         )
-    for name in ("degradation", "refuse_until_s"):
-        if name in changes and changes[name] is None:
-            raise InvalidInputError(f"{name} must be a number", field=name)

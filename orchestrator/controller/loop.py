@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from modm_tasks.cluster import Control, DesiredRole
 from modm_tasks.errors import UnavailableError
@@ -25,6 +25,7 @@ from orchestrator.controller import roles
 from orchestrator.controller.decide import Decider
 from orchestrator.controller.members import Members, Watch
 from orchestrator.controller.metrics import Metrics
+from orchestrator.controller.pooling import adjust
 from orchestrator.controller.reconcile import Reconciler
 from orchestrator.controller.remote import RemoteControl
 from orchestrator.controller.rules import Rules
@@ -49,10 +50,12 @@ class Controller:
         *,
         name: str | None = None,
         metrics: Metrics | None = None,
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings, self.ledger, self.remote = settings, ledger, remote
         self.name = name or f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
         self.metrics = metrics or Metrics()
+        self._on_end = on_end
         self.leading = False
         self.decider = Decider(settings, ledger, self.metrics)
         self.reconciler = Reconciler(ledger, remote, still_leading=self._lead)
@@ -65,9 +68,9 @@ class Controller:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Controller:
-        metrics = Metrics()
-        metrics.serve(settings)
-        return cls(settings, Ledger.from_settings(settings), RemoteControl.from_settings(settings), metrics=metrics)
+        """Ready to run, metrics endpoint included. Raises UnavailableError: no Redis is known, or the port is in use."""
+        ledger, remote, metrics = Ledger.from_settings(settings), RemoteControl.from_settings(settings), Metrics()
+        return cls(settings, ledger, remote, metrics=metrics, on_end=metrics.serve(settings))
 
     def stop(self) -> None:
         """Ask ``run`` to end; it does within about a second."""
@@ -99,16 +102,34 @@ class Controller:
         """One look: lead or stand by; decide if it is time; reconcile if it is time or roles have changed."""
         if not self._lead():
             return
-        control, ready = self.ledger.control(), self.ledger.workers()
+        ready = self.ledger.workers()
+        control = adjust(self.ledger, self.settings, self.ledger.control(), ready)
         rules = Rules.of(self.settings, control)
         desired = self.ledger.desired_roles()
         members = self._watch.members(ready, desired, rules.mode, now_s=time.monotonic())
         why = self._why(rules, members, desired)
         self._rules, self._members = rules, members
         if why is not None and members.here:
-            self.decider.decide(rules, members, ready, desired, why=why)
+            self._decide(rules, members, ready, desired, why)
             desired = self.ledger.desired_roles()
         self._reconcile(ready, desired, rules, control)
+
+    def _decide(
+        self,
+        rules: Rules,
+        members: Members,
+        ready: list[WorkerStatus],
+        desired: dict[str, DesiredRole],
+        why: str,
+    ) -> None:
+        """A policy that fails costs its decision, never the reconciling."""
+        try:
+            self.decider.decide(rules, members, ready, desired, why=why)
+        except UnavailableError:
+            raise
+        except Exception:
+            log.exception("no decision: roles stay until the next period")
+            self.decider.skip()
 
     def _why(self, rules: Rules, members: Members, desired: Mapping[str, DesiredRole]) -> str | None:
         """The reason to decide now; None = not yet."""
@@ -146,10 +167,16 @@ class Controller:
             log.info("controller %s %s", self.name, "leads" if leading else "stands by")
             self._rules = None
             if leading:
-                self.decider.load()
+                self._take_over()
         self.leading = leading
         self.metrics.leading.set(int(leading))
         return leading
+
+    def _take_over(self) -> None:
+        self.decider.load()
+        # The ledger's scripts count into buckets of the control's length, not of anybody's settings.
+        if self.ledger.control().bucket_s is None:
+            self.ledger.set_control(bucket_s=self.settings.controller.bucket_s)
 
     def _leave(self) -> None:
         try:
@@ -157,4 +184,5 @@ class Controller:
         except UnavailableError as error:
             log.warning("the lock ends by itself: %s", error)
         self.remote.close()
+        self._on_end()
         log.info("controller %s has ended", self.name)

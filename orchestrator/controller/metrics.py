@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
@@ -44,15 +44,22 @@ class Metrics:
             "modm_role_move_seconds", "From decision to verified role", buckets=MOVE_BUCKETS_S, registry=its
         )
 
-    def serve(self, settings: Settings) -> None:
-        """Listen where the settings say. Raises UnavailableError where the port is in use."""
+    def serve(self, settings: Settings) -> Callable[[], None]:
+        """Listen where the settings say; returns what ends it. Raises UnavailableError where the port is in use."""
         host, port = settings.controller.metrics_host, settings.controller.metrics_port
         if not port:
-            return
+            return lambda: None
         try:
-            start_http_server(port, addr=host, registry=self.registry)
+            server, thread = start_http_server(port, addr=host, registry=self.registry)
         except OSError as error:
             raise UnavailableError(f"controller.metrics_port {port} on {host}: {error.strerror}") from error
+
+        def close() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join(timeout=5)
+
+        return close
 
     def saw(self, found: Round) -> None:
         """One round of the reconciler."""

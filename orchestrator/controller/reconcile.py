@@ -59,6 +59,7 @@ class Reconciler:
         self.verify_s = verify_s
         self.still_leading = still_leading
         self._unwell_since: dict[str, float] = {}
+        self._silent: set[str] = set()
 
     def round(self, workers: Sequence[WorkerStatus], desired: Mapping[str, DesiredRole], mode: Mode) -> Round:
         """Look at ``workers`` (the ready ones) once and mend those that have a desired role.
@@ -70,6 +71,9 @@ class Reconciler:
         targets = self._targets(here, desired, mode)
         actual = {w: role_queues(q) for w, q in self.remote.active_queues(targets).items()}
         out.silent = sorted(set(targets) - set(actual))
+        if set(out.silent) - self._silent:
+            log.warning("no answer from %s", ", ".join(out.silent))
+        self._silent = set(out.silent)
         before = roles.applied(self.ledger)
         plans = {w: plan(queues, targets[w]) for w, queues in actual.items()}
         busy = {w.worker for w in here if w.busy_with}

@@ -26,6 +26,7 @@ class Controller:
         self.index = {name: i for i, name in enumerate(self.names)}
         self.history: list[dict[str, Any]] = []
         self.moves = 0
+        self.load_workers = (0.0, 0.0)
 
     def snapshot(self) -> ClusterSnapshot:
         c, sim, fleet = self.config, self.sim, self.sim.fleet
@@ -70,6 +71,9 @@ class Controller:
         sim, c = self.sim, self.config
         seen = self.snapshot()
         decision, self.state = allocate(c.allocation, seen, self.state, variant=c.variant)
+        self.load_workers = (
+            seen.miss_per_min * seen.large_s / 60, seen.hit_work_per_min * seen.small_s / 60
+        )  # fmt: skip
         level = overload.levels_of(seen)[decision.degradation]
         faster = c.faster_small_s if level.faster_small and c.faster_small_s else c.small_s
         sim.apply_level(level, faster)

@@ -13,11 +13,12 @@ from heapq import heappop, heappush
 import numpy as np
 
 from modm_tasks.messages import Decision, Route, SubmitRequest
+from modm_tasks.queues import LARGE_GEN, SMALL_REFINE
 from orchestrator.decisions import routing
 from orchestrator.decisions.allocation import overload
 from orchestrator.simulator.config import SimConfig
 from orchestrator.simulator.control import Controller
-from orchestrator.simulator.fleet import LARGE_GEN, SMALL_REFINE, Fleet
+from orchestrator.simulator.fleet import Fleet
 from orchestrator.simulator.outcome import Outcome
 from orchestrator.simulator.similarity import Similarities
 from orchestrator.simulator.windows import Windows
@@ -32,8 +33,12 @@ _HIT_SHARE = 0.6
 class Simulation:
     """One run. ``arrivals_s`` are ascending; request r is row ``warm + r`` of ``source``."""
 
-    def __init__(self, config: SimConfig, source: Similarities, arrivals_s: Sequence[float]) -> None:
-        self.config, self.source = config, source
+    def __init__(
+        self, config: SimConfig, source: Similarities, arrivals_s: Sequence[float], *, concurrency: int = 0
+    ) -> None:
+        """``concurrency`` > 0: a closed loop; the times are ignored and each end lets the next request arrive."""
+        self.config, self.source, self.concurrency = config, source, concurrency
+        self.open = 0
         self.arrivals = [float(t) for t in arrivals_s]
         n, warm = source.warm + len(self.arrivals), source.warm
         self.now = 0.0
@@ -77,6 +82,8 @@ class Simulation:
         tick_s = controller.next_s if controller else float("inf")
         while True:
             at = arrivals[next_arrival] if next_arrival < total else float("inf")
+            if self.concurrency and next_arrival < total:
+                at = self.now if self.open < self.concurrency else float("inf")
             event_s = events[0][0] if events else float("inf")
             if at == event_s == float("inf"):
                 break
@@ -101,12 +108,14 @@ class Simulation:
 
     def _arrived(self, row: int) -> None:
         self.windows.count(self.now, "arrivals")
-        self.rank[row] = self.now
+        self.rank[row] = self.outcome.arrival[row] = self.now
+        self.open += 1
         decision = self._decide(row, inflight=True)
         if self._refused(row, decision):
             return
         if decision.route is Route.STORED:
             self.state[row] = DONE
+            self.open -= 1
             self.outcome.stored(row, self.now, decision)
             return
         if decision.waits_on is not None:
@@ -126,6 +135,7 @@ class Simulation:
         if retry_s <= 0:
             return False
         self.state[row] = REFUSED
+        self.open -= 1
         self.windows.count(self.now, "refused")
         self.outcome.refused(row, self.now, retry_s)
         return True
@@ -135,9 +145,18 @@ class Simulation:
         fleet, queues = self.fleet, self.fleet.queues
         running_s = self.end_sum - fleet.n_busy * self.now
         large, small = queues[LARGE_GEN].work_s, queues[SMALL_REFINE].work_s
-        if fleet.mode != "roles":
-            return (large + small + running_s) / self.config.gpus if fleet.n_busy == self.config.gpus else 0.0
+        if fleet.n_busy < self.config.gpus and fleet.mode != "roles":
+            return 0.0
+        if fleet.mode == "pooled":
+            return (large + small + running_s) / self.config.gpus
         share = fleet.n_large / self.config.gpus
+        if fleet.mode == "pooled-roles":
+            miss_load, hit_load = self.controller.load_workers if self.controller else (0.0, 0.0)
+            n_large, n_small = fleet.n_large, self.config.gpus - fleet.n_large
+            miss = overload.ClassLoad(workers=n_large, work_s=large + running_s * share, arriving=miss_load)
+            hit = overload.ClassLoad(workers=n_small, work_s=small + running_s * (1 - share), arriving=hit_load)
+            pair = (miss, hit) if decision.route is Route.LARGE_GEN else (hit, miss)
+            return overload.pooled_wait_s(*pair)
         if decision.route is Route.LARGE_GEN:
             return (large + running_s * share) / max(1, fleet.n_large) if fleet.n_busy == self.config.gpus else 0.0
         n_small = self.config.gpus - fleet.n_large
@@ -210,6 +229,7 @@ class Simulation:
         worker = int(self.outcome.worker[row])
         self.end_sum -= self.now
         self.state[row] = DONE
+        self.open -= 1
         decision = self.decisions[row]
         assert decision is not None
         self.outcome.finished(row, self.now)
@@ -252,6 +272,7 @@ class Simulation:
         self.chain[row] = 0
         if decision.route is Route.STORED:
             self.state[row] = DONE
+            self.open -= 1
             self.outcome.stored(row, self.now, decision)
         else:
             self._enqueue(row, decision)
@@ -305,7 +326,7 @@ class Simulation:
     def _found(self, row: int) -> routing.Found | None:
         bounded = "drift" in self.config.features
         for j, similarity in self.source.images(row):
-            if self.cached[j] and not (bounded and self.depth[j] > self.config.max_depth):
+            if (self.cached[j] or self.source.always_cached) and not (bounded and self.depth[j] > self.config.max_depth):
                 same = "repeats" in self.config.features and self.source.same_text(row, j)
                 return routing.Found(id=str(j), uri="", similarity=similarity, depth=self.depth[j], same_prompt=same)
         return None

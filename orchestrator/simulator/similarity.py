@@ -31,6 +31,8 @@ class Similarities(Protocol):
 
     n: int
     warm: int
+    #: A statistical source image stands for any image of the cache, so it is never evicted.
+    always_cached: bool
 
     def images(self, i: int) -> Pairs: ...
     def texts(self, i: int) -> Pairs: ...
@@ -40,6 +42,8 @@ class Similarities(Protocol):
 
 class VectorSimilarities:
     """From vectors, float [n, dim], normalised here. Without image vectors the texts stand in for them."""
+
+    always_cached = False
 
     def __init__(
         self, text: NDArray[np.floating], *, warm: int, threshold: float, image: NDArray[np.floating] | None = None
@@ -52,7 +56,8 @@ class VectorSimilarities:
         self._texts = _candidates(vectors, vectors, floor)
         pictures = None if image is None else _unit(image)
         if pictures is not None and len(pictures) != self.n:
-            raise InvalidInputError(f"{self.n} text and {len(pictures)} image vectors; both must be one per row", field="embeddings")
+            message = f"{self.n} text and {len(pictures)} image vectors; both must be one per row"
+            raise InvalidInputError(message, field="embeddings")
         self._images = self._texts if pictures is None else _candidates(vectors, pictures, threshold)
         self._readers = self._texts if pictures is None else _candidates(pictures, vectors, threshold)
 
@@ -75,6 +80,8 @@ class StatisticalSimilarities:
     Chance is independent of load and of the cache's content, so it shows what a given hit rate does, not what hit rate a
     load leads to; in-flight reuse and late binding have nothing to find here.
     """
+
+    always_cached = True
 
     def __init__(self, n: int, *, hit_rate: float, shares: Sequence[tuple[float, float]], seed: int) -> None:
         if not 0 <= hit_rate <= 1:

@@ -34,7 +34,7 @@ from tests.support.processes import Process, Processes, processes, wait_until
 
 L, S = LARGE_GEN, SMALL_REFINE
 A, B = "gpu0@test", "gpu1@test"
-DRAW_S = 1.5
+DRAW_S = 2.5
 CONTROLLER = (sys.executable, "-c", "from orchestrator.cli_controller import controller_app; controller_app()", "run")
 
 
@@ -161,12 +161,13 @@ def test_a_busy_worker_is_moved_at_once_and_finishes_what_it_draws(rig: Rig) -> 
     roles.decide(rig.ledger, B, "large", reason="swap")
     found = rig.round()
     assert found.queues == {A: (S,), B: (L, S)}
+    assert found.took_s
     assert rig.ledger.get(running).state is State.RUNNING  # the queues changed while it was drawing
     assert {(m.worker, m.old, m.new, m.reason) for m in rig.moves(began)} == {
         (A, "large", "small", "swap"),
         (B, "small", "large", "swap"),
     }
-    assert all(took_s < 1.0 for took_s in found.took_s.values())
+    assert all(took_s < 2.0 for took_s in found.took_s.values())
     assert all(row["took_s"] is not None for row in roles.timed_moves(rig.ledger, since_s=began))
     assert rig.record(rig.submit("a blue square"), State.DONE).worker == B  # A is still in its role's queues only
     done = rig.record(running, State.DONE)
@@ -202,7 +203,9 @@ def test_drained_and_unwell_workers_consume_nothing(rig: Rig) -> None:
     roles.resume(rig.ledger, A)
     assert rig.round().queues == {A: (L, S), B: (S,)}
     assert [(m.worker, m.old, m.new) for m in rig.moves(began)] == [(A, "large", None), (A, None, "large")]
-    ill = [w.model_copy(update={"unwell": "no step is possible" if w.worker == B else None}) for w in rig.ledger.workers()]
+    ill = [
+        w.model_copy(update={"unwell": "no step is possible" if w.worker == B else None}) for w in rig.ledger.workers()
+    ]
     assert rig.round(ready=ill).queues == {A: (L, S), B: ()}
     assert rig.round().queues == {A: (L, S), B: (S,)}
     assert len(rig.moves(began)) == 2  # an unwell worker keeps its role
@@ -237,19 +240,22 @@ def test_changed_queues_survive_dropped_connections(rig: Rig) -> None:
     assert rig.record(rig.submit("after the drop"), State.DONE).worker == B
 
 
+def noticed(controller: Controller) -> bool:
+    return bool(controller.metrics.registry.get_sample_value("modm_controller_outages_total"))
+
+
 def test_everything_goes_on_after_a_restart_of_the_broker(rig: Rig) -> None:
     rig.settle("small", "large")
     with rig.controller(static_large=1) as controller:
-        outages = controller.metrics.outages._value.get()
         port = rig.redis.plan.port
         rig.redis.stop()
-        wait_until(lambda: controller.metrics.outages._value.get() > outages, 10, "the controller to notice")
+        wait_until(lambda: noticed(controller), 10, "the controller to notice")
         rig.redis = start_redis(rig.redis.plan.directory, port=port)
         wait_until(lambda: rig.queues() == {A: (S,), B: (L, S)}, 30, "both workers to be back in their roles")
         wait_until(lambda: controller.leading, 15, "the controller to lead again")
         rig.ledger.set_control(static_large=2)
         wait_until(lambda: rig.queues().get(A) == (L, S), 15, "the controller to act again")
-    assert rig.record(rig.submit("after the restart"), State.DONE).attempt == 1
+    assert rig.record(rig.submit("after the restart", Route.SMALL_REFINE), State.DONE).attempt == 1
 
 
 def test_control_is_followed_within_a_second(rig: Rig) -> None:
@@ -261,7 +267,7 @@ def test_control_is_followed_within_a_second(rig: Rig) -> None:
         wait_until(lambda: rig.moves(changed), 10, "the move")
         (move,) = rig.moves(changed)
         assert (move.worker, move.new) == (B, "large")
-        assert move.at_s - changed < 2.0  # 0.3 s alone; a busy machine gets some room
+        assert move.at_s - changed < 3.0  # 0.3 s on an idle machine; a busy one gets some room
         tick = ticks(rig.ledger, last=1)[0]
         assert (tick["why"], tick["n_large"], tick["changes"]) == ("control changed", 2, {B: "small -> large"})
         changed = rig.ledger.now_s()
@@ -273,6 +279,25 @@ def test_control_is_followed_within_a_second(rig: Rig) -> None:
             lambda: rig.queues() == {large: (S, L), small: (L, S)}, 10, "the controller to plan around a pinned worker"
         )
         roles.assign(rig.ledger, large, "auto")
+
+
+def test_slo_pools_workers_that_hold_both_models(rig: Rig) -> None:
+    rig.settle("large", "small")
+    with rig.controller(static_large=1, period_s=3600.0):
+        rig.ledger.set_control(allocation="slo")
+        wait_until(lambda: set(rig.queues().values()) == {(L, S), (S, L)}, 10, "pooled queues")
+        rig.ledger.set_control(allocation="static")
+        wait_until(lambda: set(rig.queues().values()) == {(L, S), (S,)}, 10, "published queues again")
+
+
+def test_a_failing_policy_does_not_stop_the_reconciler(rig: Rig) -> None:
+    rig.settle("large", "small")
+    with rig.controller(static_large=1):
+        rig.ledger.set_control(allocation="no such policy")
+        repairs = roles.counts(rig.ledger).get("repairs", 0)
+        rig.remote.send("cancel", S, [A])
+        wait_until(lambda: roles.counts(rig.ledger).get("repairs", 0) > repairs, 10, "the repair")
+        assert rig.queues() == {A: (L, S), B: (S,)}
 
 
 def test_a_second_controller_takes_over_within_ten_seconds(rig: Rig) -> None:
@@ -291,7 +316,7 @@ def test_a_second_controller_takes_over_within_ten_seconds(rig: Rig) -> None:
     assert first is not None
     (second,) = (p for p in both if p is not first)
     wait_until(lambda: "runs" in second.output(), 30, "the second to stand by")
-    kept = rig.ledger.document("controller")
+    kept = wait_until(lambda: rig.ledger.document("controller"), 10, "the first decision")
     assert kept is not None
     first.signal(signal.SIGKILL)
     wait_until(led_by([second]), 10, "the second to take over")

@@ -24,7 +24,9 @@ VARIABLE = re.compile(r"\$\{([A-Z_]+)(?::([?-])([^}]*))?\}")
 
 
 def seconds(duration: str) -> float:
-    return sum(float(n) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[u] for n, u in re.findall(r"(\d+)(ms|s|m|h)", duration))
+    return sum(
+        float(n) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[u] for n, u in re.findall(r"(\d+)(ms|s|m|h)", duration)
+    )
 
 
 def filled(value: str) -> str:
@@ -107,7 +109,9 @@ def test_volumes_are_declared_and_used() -> None:
 
 
 def test_variables_are_in_the_example() -> None:
-    example = dict(line.split("=", 1) for line in (ROOT / ".env.example").read_text().splitlines() if re.match(r"\w+=", line))
+    example = dict(
+        line.split("=", 1) for line in (ROOT / ".env.example").read_text().splitlines() if re.match(r"\w+=", line)
+    )
     in_compose = {m[1] for m in VARIABLE.finditer(TEXT)}
     assert in_compose == set(example) - {"COMPOSE_PROFILES"}
     ours = {k: v for k, v in example.items() if k.startswith("MODM_")}

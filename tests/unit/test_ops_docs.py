@@ -60,7 +60,13 @@ def check_command(command: object, words: list[str], where: str) -> None:
             assert word.split("=")[0] in known, f"{where}: no option {word}"
 
 
-@pytest.mark.parametrize("target", ["setup", "test", "lint", "type", "demo", "down", "bench", "bench-gpu", "chaos", "docs", "clean"])
+TARGETS = [
+    *("setup", "test", "lint", "type", "demo", "down", "train-scenes", "eval-scenes"),
+    *("bench", "bench-gpu", "chaos", "docs", "clean"),
+]
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_make_targets_exist(target: str) -> None:
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -33,7 +33,7 @@ def test_password_is_kept_over_a_restart(tmp_path: Path) -> None:
 def test_one_line_says_how_to_get_redis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(redis_server, "bundled_candidates", list)
-    with pytest.raises(UnavailableError, match="install Redis or Valkey.*MODM_REDIS_URL") as caught:
+    with pytest.raises(UnavailableError, match=r"install Redis or Valkey.*MODM_REDIS_URL") as caught:
         find_redis_server()
     assert "\n" not in str(caught.value)
 

@@ -68,6 +68,31 @@ def predicted_wait_s(backlog_s: float, running_s: float, n_workers: int) -> floa
     return (backlog_s + running_s) / max(1, n_workers)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClassLoad:
+    """One class of work: workers that prefer it, GPU seconds queued and running there, workers that its arrivals need."""
+
+    workers: int
+    work_s: float
+    arriving: float = 0.0
+
+
+def pooled_wait_s(mine: ClassLoad, other: ClassLoad) -> float:
+    """Wait of a request of class ``mine`` where roles differ by order only.
+
+    Its own workers alone serve it until the other class's queue is empty; from then on the others help, but for what
+    arrives of their own class meanwhile.
+    """
+    if other.workers <= 0:
+        return mine.work_s / max(1, mine.workers)
+    drained_s = other.work_s / max(0.25 * other.workers, other.workers - other.arriving)
+    served = mine.workers * drained_s
+    if mine.workers > 0 and served >= mine.work_s:
+        return mine.work_s / mine.workers
+    helping = max(0.0, other.workers - other.arriving)
+    return drained_s + (mine.work_s - served) / max(0.5, mine.workers + helping)
+
+
 def admit(*, wait_s: float, service_s: float, slo_s: float) -> float:
     """Admission of one request: 0 = take it, else the Retry-After in seconds.
 

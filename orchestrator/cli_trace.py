@@ -1,0 +1,90 @@
+"""`modm trace inspect | convert | fetch`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modm_tasks.output import handle_errors, note, print_json
+
+trace_app = typer.Typer(no_args_is_help=True, help="Workloads.", rich_markup_mode=None)
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A trace in any format that submit-trace reads.")]
+Format = Annotated[str | None, typer.Option("--format", help="Trace format; default: detected.")]
+Prompts = Annotated[Path | None, typer.Option(help="Prompts for traces that have none.")]
+Start = Annotated[int, typer.Option(min=0, help="Rows to pass over.")]
+Number = Annotated[int | None, typer.Option("--num-requests", min=1, help="At most so many rows.")]
+Skip = Annotated[bool, typer.Option(help="Count malformed rows instead of stopping.")]
+
+
+@trace_app.command()
+@handle_errors
+def inspect(
+    file: File,
+    format: Format = None,
+    prompts: Prompts = None,
+    start: Start = 0,
+    num_requests: Number = None,
+    skip_bad_rows: Skip = False,
+    embeddings: Annotated[Path | None, typer.Option(help=".npy of unit text vectors, row for row.")] = None,
+    embedder: Annotated[str | None, typer.Option(help="Embed the prompts with this instead.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG of the rate over time.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Counts, rate over time, repetition, and how similar prompts are to earlier ones."""
+    from orchestrator.traces.inspect import describe, rate_plot
+    from orchestrator.traces.load import load_trace
+    from orchestrator.traces.vectors import text_vectors
+
+    loaded = load_trace(
+        file, format=format, start=start, num_requests=num_requests, prompts=prompts, skip_bad_rows=skip_bad_rows
+    )
+    vectors = text_vectors([r.prompt for r in loaded.rows], embeddings=embeddings, embedder=embedder, start=start)
+    figures = describe(loaded, vectors)
+    if plot is not None:
+        plot.write_bytes(rate_plot(loaded))
+        note(f"plot: {plot}")
+    if json:
+        print_json(figures)
+        return
+    for name, value in figures.items():
+        typer.echo(f"{name:<32}{value}")
+
+
+@trace_app.command()
+@handle_errors
+def convert(
+    file: File,
+    output: Annotated[Path, typer.Argument(help="JSONL to write.")],
+    format: Format = None,
+    prompts: Prompts = None,
+    start: Start = 0,
+    num_requests: Number = None,
+    skip_bad_rows: Skip = False,
+) -> None:
+    """Write a trace as JSONL, the format that every tool here reads."""
+    from orchestrator.traces.inspect import write_jsonl
+    from orchestrator.traces.load import load_trace
+
+    loaded = load_trace(
+        file, format=format, start=start, num_requests=num_requests, prompts=prompts, skip_bad_rows=skip_bad_rows
+    )
+    write_jsonl(loaded.rows, output)
+    if loaded.skipped:
+        note(f"{len(loaded.skipped)} malformed rows left out")
+    typer.echo(f"{len(loaded.rows)} rows in {output}")
+
+
+@trace_app.command()
+@handle_errors
+def fetch(
+    dataset: Annotated[str, typer.Argument(help="diffusiondb | mjhq")],
+    directory: Annotated[Path, typer.Option("--directory", "-d", help="Where it goes.")] = Path(),
+    url: Annotated[str | None, typer.Option(help="Another place that has the file.")] = None,
+    sha256: Annotated[str | None, typer.Option(help="Checksum that the file must have.")] = None,
+) -> None:
+    """Download published metadata; goes on where it stopped."""
+    from orchestrator.traces.fetch import fetch_dataset
+
+    typer.echo(str(fetch_dataset(dataset, directory, url=url, sha256=sha256)))

@@ -1,0 +1,1 @@
+"""Reports: figures from records, tables, plots, contact sheets, one self-contained page."""

@@ -1,0 +1,121 @@
+"""The experiments of the reference, simulated: throughput, SLO over rate, rising, fluctuating, and sweeps over policies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+from orchestrator.simulator.config import SimConfig
+from orchestrator.simulator.outcome import Outcome
+from orchestrator.simulator.run import Load, simulate
+from orchestrator.simulator.similarity import Similarities
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """One column of a comparison: what differs from the common configuration."""
+
+    name: str
+    change: dict[str, Any]
+
+
+#: Published roles for the paper's policies; `slo` has pooled roles, its default where both models are resident. The
+#: router is the published one for all three; the last adds our mechanisms.
+SYSTEMS = (
+    System(name="modm-quality", change={"workers": "roles", "allocation": "modm-quality"}),
+    System(name="modm-throughput", change={"workers": "roles", "allocation": "modm-throughput"}),
+    System(name="slo", change={"workers": "pooled-roles", "allocation": "slo"}),
+    System(
+        name="slo + modm-plus",
+        change={
+            "workers": "pooled-roles", "allocation": "slo",
+            "features": frozenset({"inflight", "late-binding", "deadline"}), "degrade": True,
+        },
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """Means over seeds of one system at one rate. Fractions of the offered requests; rates per minute."""
+
+    system: str
+    rate_per_min: float
+    violations_2x: float
+    violations_4x: float
+    refused: float
+    goodput_per_min: float
+    served_per_min: float
+    hit_rate: float
+    p99_s: float
+    role_moves: float
+
+
+def sweep(
+    base: SimConfig,
+    source: Similarities,
+    *,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    systems: Sequence[System] = SYSTEMS,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Cell]:
+    """Every system at every rate with every seed of the Poisson arrivals."""
+    cells = []
+    for rate in rates:
+        for system in systems:
+            config = replace(base, **system.change)
+            progress(f"{rate:g}/min {system.name}")
+            found = [
+                simulate(config, source, Load(kind="poisson", rate_per_min=rate, seed=seed)).report() for seed in seeds
+            ]
+            cells.append(_cell(system.name, rate, found))
+    return cells
+
+
+def _cell(name: str, rate: float, found: Sequence[dict[str, Any]]) -> Cell:
+    def mean(pick: Callable[[dict[str, Any]], float | None]) -> float:
+        return round(fmean(pick(r) or 0.0 for r in found), 4)
+
+    return Cell(
+        system=name,
+        rate_per_min=rate,
+        violations_2x=mean(lambda r: r["slo"]["violations_2x"]),
+        violations_4x=mean(lambda r: r["slo"]["violations_4x"]),
+        refused=mean(lambda r: r["requests"]["refused"] / r["requests"]["submitted"]),
+        goodput_per_min=mean(lambda r: r["slo"]["goodput_per_min"]),
+        served_per_min=mean(lambda r: r["served_per_min"]),
+        hit_rate=mean(lambda r: r["hit_rate"]),
+        p99_s=mean(lambda r: r["latency_s"]["p99"]),
+        role_moves=mean(lambda r: r["role_moves"]),
+    )
+
+
+def table(cells: Iterable[Cell]) -> str:
+    """Markdown: a row for each rate and system, in percent where a share is meant."""
+    head = "| offered /min | system | over 2x SLO | over 4x | refused | within SLO /min | served /min | hit rate | P99 s |"
+    lines = [head, "|---" * 9 + "|"]
+    for c in cells:
+        lines.append(
+            f"| {c.rate_per_min:g} | {c.system} | {c.violations_2x:.1%} | {c.violations_4x:.1%} | {c.refused:.1%} "
+            f"| {c.goodput_per_min:.2f} | {c.served_per_min:.2f} | {c.hit_rate:.2f} | {c.p99_s:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def fluid_bound_per_min(base: SimConfig, source: Similarities) -> float:
+    """GPUs over the mean service time if every request took the best rung that any earlier request offers (issue's form)."""
+    total = 0.0
+    for row in range(source.warm, source.n):
+        best = max((s for j, s in source.texts(row) if j < row), default=0.0)
+        rung = base.ladder.lookup(best)
+        total += base.large_s if rung is None else base.small_s * (1 - rung.skipped_steps / base.total_steps)
+    return base.gpus * 60 * (source.n - source.warm) / total
+
+
+def one(base: SimConfig, source: Similarities, load: Load, experiment: str) -> Outcome:
+    """One of the reference's experiments: `throughput` keeps only large images (A6), the others all."""
+    admission = "large-only" if experiment == "throughput" else "all"
+    return simulate(replace(base, cache_admission=admission), source, load)  # type: ignore[arg-type]

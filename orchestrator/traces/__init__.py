@@ -1,0 +1,1 @@
+"""Workloads: rows of a trace, where they come from, when they arrive."""

@@ -1,0 +1,220 @@
+"""Loaders of published workloads. Schemas and their traps: docs/traces.md."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import math
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from modm_tasks.errors import TraceError
+from orchestrator.traces.rows import TraceRow
+
+Items = Iterator[TraceRow | TraceError]
+BATCH_ROWS = 65_536
+
+
+def diffusiondb(path: Path, *, stop: int | None = None) -> Items:
+    """`metadata.parquet`, by time with file order among equals (stamps have minutes only; facts D1).
+
+    Two passes: the first reads the time column alone (16 bytes a row) and finds which rows are wanted, the second streams
+    the text of those. 14 million rows need some 250 MB, not the 10 GB of the whole table.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise TraceError(f"is not Parquet: {str(error).splitlines()[0]}", file=path.name) from error
+    names = set(file.schema_arrow.names)
+    if missing := sorted({"prompt", "timestamp"} - names):
+        raise TraceError("the column is missing", file=path.name, field=missing[0])
+    stamps = [
+        np.where(batch.column(0).is_null(), np.iinfo(np.int64).max, batch.column(0).cast(pa.int64()).fill_null(0))
+        for batch in file.iter_batches(BATCH_ROWS, columns=["timestamp"])
+    ]
+    times = np.concatenate(stamps) if stamps else np.zeros(0, dtype=np.int64)
+    order = np.argsort(times, kind="stable")[:stop]
+    wanted = np.full(len(times), -1, dtype=np.int64)
+    wanted[order] = np.arange(len(order))
+    unit = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}[file.schema_arrow.field("timestamp").type.unit]
+    found: dict[int, TraceRow | TraceError] = {}
+    first_s = float(times[order[0]]) / unit if len(order) else 0.0
+    columns = [c for c in ("prompt", "seed", "step", "width", "height", "user_name", "timestamp") if c in names]
+    at = 0
+    for batch in file.iter_batches(BATCH_ROWS, columns=columns):
+        places = wanted[at : at + batch.num_rows]
+        chosen = np.nonzero(places >= 0)[0]
+        for offset, row in zip(chosen, batch.take(pa.array(chosen)).to_pylist(), strict=True):
+            stamp = times[at + offset]
+            arrival = None if stamp == np.iinfo(np.int64).max else max(0.0, float(stamp) / unit - first_s)
+            found[int(places[offset])] = _diffusiondb_row(path.name, at + int(offset) + 1, row, arrival)
+        at += batch.num_rows
+    for place in range(len(order)):
+        yield found.pop(place)
+
+
+def _diffusiondb_row(file: str, number: int, row: dict[str, Any], arrival_s: float | None) -> TraceRow | TraceError:
+    if not isinstance(row.get("prompt"), str):
+        return TraceError("is missing", file=file, row=number, field="prompt")
+    return TraceRow(
+        prompt=row["prompt"], arrival_s=arrival_s, seed=row.get("seed"), client=str(row.get("user_name") or "")[:128],
+        row=number,
+    )  # fmt: skip
+
+
+def mjhq(path: Path) -> Items:
+    """`meta_data.json`: one object of 30,000 entries in file order; no times."""
+    data = _json(path)
+    if not isinstance(data, dict):
+        raise TraceError("must be one JSON object", file=path.name)
+    for number, (image_id, entry) in enumerate(data.items(), 1):
+        prompt = entry.get("prompt") if isinstance(entry, dict) else None
+        if not isinstance(prompt, str):
+            yield TraceError(f"of image {image_id[:40]!r} is missing", file=path.name, row=number, field="prompt")
+        else:
+            yield TraceRow(prompt=prompt, row=number)
+
+
+def gentd26(path: Path, prompts: Sequence[str], defaulted: dict[str, int]) -> Items:
+    """`lora_request_trace.csv`: arrivals, steps and images per prompt; prompts come from elsewhere, in order, repeated.
+
+    A row asks for n images and becomes n rows of one arrival. Empty fields get the trace's commonest value and are
+    counted in ``defaulted``: 25 published rows lack them and are real requests.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        missing = {"gmt_create", "num_images_per_prompt", "num_inference_steps"} - set(reader.fieldnames or ())
+        if missing:
+            raise TraceError("the column is missing", file=path.name, field=min(missing))
+        first: datetime | None = None
+        for number, row in enumerate(reader, 2):
+            try:
+                stamp = datetime.strptime(row["gmt_create"] or "", "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC)
+            except ValueError:
+                yield TraceError("must be YYYY-MM-DD HH:MM:SS", file=path.name, row=number, field="gmt_create")
+                continue
+            first = first or stamp
+            numbers: dict[str, int] = {}
+            bad: TraceError | None = None
+            for name, default, top in (("num_images_per_prompt", 1, 64), ("num_inference_steps", 30, 1000)):
+                value = _whole(row.get(name) or "")
+                if value is None:
+                    defaulted[name] = defaulted.get(name, 0) + 1
+                    value = default
+                if not 1 <= value <= top:
+                    bad = TraceError(f"must be 1 to {top}", file=path.name, row=number, field=name)
+                numbers[name] = value
+            if bad is not None:
+                yield bad
+                continue
+            for _ in range(numbers["num_images_per_prompt"]):
+                yield TraceRow(
+                    prompt=prompts[(number - 2) % len(prompts)],
+                    arrival_s=max(0.0, (stamp - first).total_seconds()),
+                    client=(row.get("groupId") or "")[:128],
+                    num_inference_steps=numbers["num_inference_steps"],
+                    row=number,
+                )
+
+
+def katz(path: Path, prompts: Sequence[str]) -> Items:
+    """`diffusion_model_request_trace.json`: a list of requests with times; prompts come from elsewhere."""
+    data = _json(path)
+    if not isinstance(data, list):
+        raise TraceError("must be a JSON list", file=path.name)
+    first: float | None = None
+    for number, entry in enumerate(data, 1):
+        stamp = _seconds(entry.get("timestamp")) if isinstance(entry, dict) else None
+        if stamp is None:
+            yield TraceError("must be a time", file=path.name, row=number, field="timestamp")
+            continue
+        first = stamp if first is None else first
+        yield TraceRow(
+            prompt=prompts[(number - 1) % len(prompts)], arrival_s=max(0.0, stamp - first),
+            client=str(entry.get("scene_id") or ""), row=number,
+        )  # fmt: skip
+
+
+def diffserve(path: Path, prompts: Sequence[str]) -> Items:
+    """Lines ``arrival_ms,content_id``; the id indexes the file of prompts."""
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            parts = line.strip().split(",")
+            arrival, content = _number(parts[0]), _whole(parts[1]) if len(parts) == 2 else None
+            if arrival is None or arrival < 0:
+                yield TraceError("must be milliseconds", file=path.name, row=number, field="arrival_ms")
+            elif content is None or not 0 <= content < len(prompts):
+                reason = f"must be 0 to {len(prompts) - 1}, the rows of the prompt file"
+                yield TraceError(reason, file=path.name, row=number, field="content_id")
+            else:
+                yield TraceRow(prompt=prompts[content], arrival_s=arrival / 1000, row=number)
+
+
+def vllm_omni(path: Path) -> Items:
+    """Lines ``Request(prompt='...', width=..., height=...)``. Parsed as literals; nothing is evaluated."""
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _omni_row(path.name, number, line.strip())
+
+
+def _omni_row(file: str, number: int, line: str) -> TraceRow | TraceError:
+    try:
+        call = ast.parse(line, mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id != "Request":
+            return TraceError("must be Request(...)", file=file, row=number)
+        values = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return TraceError("must be Request(...) with plain values", file=file, row=number)
+    if not isinstance(values.get("prompt"), str):
+        return TraceError("is missing", file=file, row=number, field="prompt")
+    width, height = values.get("width"), values.get("height")
+    size = f"{width}x{height}" if width is not None and height is not None else None
+    seed, steps = values.get("seed"), values.get("num_inference_steps")
+    for name, value in (("seed", seed), ("num_inference_steps", steps)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            return TraceError("must be a whole number", file=file, row=number, field=name)
+    return TraceRow(prompt=values["prompt"], size=size, seed=seed, num_inference_steps=steps, row=number)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError) as error:
+        raise TraceError(f"is not JSON: {str(error)[:120]}", file=path.name) from error
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _whole(text: str) -> int | None:
+    value = _number(text)
+    return None if value is None or value != int(value) else int(value)
+
+
+def _seconds(value: object) -> float | None:
+    """A time as number (seconds, or milliseconds when it is that large) or ISO text."""
+    if isinstance(value, bool) or value is None:
+        return None
+    if isinstance(value, int | float):
+        return float(value) / 1000 if value > 1e11 else float(value)
+    try:
+        stamp = datetime.fromisoformat(str(value))
+    except ValueError:
+        number = _number(str(value))
+        return None if number is None else _seconds(number)
+    return (stamp if stamp.tzinfo else stamp.replace(tzinfo=UTC)).timestamp()

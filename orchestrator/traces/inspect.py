@@ -1,0 +1,108 @@
+"""What a trace looks like: counts, rate, repetition, and the best earlier similarity of each prompt."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.report.plots import COLOURS, figure
+from orchestrator.traces.rows import LoadedTrace, TraceRow
+
+BLOCK = 512
+BARS = (0.95, 0.90, 0.80)
+
+
+def best_earlier(vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """For each row the best cosine to any earlier row, and which (the latest among equals): [n], [n]. Row 0 has -1.
+
+    In blocks, so that memory stays at BLOCK x n numbers.
+    """
+    n = len(vectors)
+    best = np.full(n, -1.0, dtype=np.float32)
+    where = np.full(n, -1, dtype=np.int64)
+    for low in range(0, n, BLOCK):
+        high = min(low + BLOCK, n)
+        scores = vectors[low:high] @ vectors[:high].T
+        for row in range(max(low, 1), high):
+            earlier = scores[row - low, :row]
+            latest = row - 1 - int(np.argmax(earlier[::-1]))
+            best[row], where[row] = earlier[latest], latest
+    return best, where
+
+
+def describe(loaded: LoadedTrace, vectors: NDArray[np.float32] | None = None) -> dict[str, Any]:
+    """Figures as plain numbers."""
+    rows = loaded.rows
+    seen: set[str] = set()
+    repeats = 0
+    for row in rows:
+        repeats += row.prompt in seen
+        seen.add(row.prompt)
+    figures: dict[str, Any] = {
+        "format": loaded.format,
+        "requests": len(rows),
+        "malformed rows left out": len(loaded.skipped),
+        "clients": len({r.client for r in rows}),
+        "mean prompt length, characters": round(float(np.mean([len(r.prompt) for r in rows])), 1),
+        "exact repeats": round(repeats / len(rows), 4),
+    }
+    figures |= {f"defaulted {name}": n for name, n in loaded.defaulted.items()}
+    times = [r.arrival_s for r in rows if r.arrival_s is not None]
+    if len(times) > 1:
+        span_min = (max(times) - min(times)) / 60
+        figures["minutes"] = round(span_min, 1)
+        figures["mean rate per minute"] = round(len(times) / span_min, 2) if span_min else None
+        minutes = np.bincount(((np.asarray(times) - min(times)) // 60).astype(int))
+        figures["peak rate per minute"] = int(minutes.max())
+    if vectors is not None:
+        figures |= similarity_figures(vectors)
+    return figures
+
+
+def similarity_figures(vectors: NDArray[np.float32]) -> dict[str, Any]:
+    """Shares above some cosines, and how far back the nearest similar earlier prompt is."""
+    best, where = best_earlier(vectors)
+    figures: dict[str, Any] = {f"best earlier cosine >= {bar:.2f}": round(float((best >= bar).mean()), 4) for bar in BARS}
+    similar = np.nonzero(best >= 0.80)[0]
+    if len(similar):
+        back = similar - where[similar]
+        p10, p50, p90 = np.percentile(back, [10, 50, 90])
+        figures["requests back, p10 / p50 / p90"] = f"{p10:.0f} / {p50:.0f} / {p90:.0f}"
+    recent = sum(
+        1 for i in range(1, len(vectors)) if float((vectors[max(0, i - 50) : i] @ vectors[i]).max()) >= 0.80
+    )
+    figures["cosine >= 0.80 in the last 50"] = round(recent / len(vectors), 4)
+    return figures
+
+
+def rate_plot(loaded: LoadedTrace) -> bytes:
+    """PNG: requests per minute over time; a flat line where the trace has no times."""
+    times = np.asarray([r.arrival_s or 0.0 for r in loaded.rows]) / 60
+
+    def draw(axes: Any) -> None:
+        bins = max(1, min(200, int(times.max() - times.min()) + 1))
+        counts, edges = np.histogram(times, bins=bins)
+        width = edges[1] - edges[0]
+        axes.stairs(counts / width if width > 0 else counts, edges, fill=True, color=COLOURS[0])
+        axes.set(xlabel="minutes", ylabel="requests per minute")
+
+    return figure(draw)
+
+
+def write_jsonl(rows: Sequence[TraceRow], path: Path) -> None:
+    """Own format, written aside and renamed."""
+    aside = path.with_name(f".{path.name}.part")
+    with aside.open("w", encoding="utf-8") as file:
+        for row in rows:
+            fields = {
+                "prompt": row.prompt, "arrival_s": row.arrival_s, "seed": row.seed, "size": row.size,
+                "client": row.client or None, "num_inference_steps": row.num_inference_steps,
+            }  # fmt: skip
+            file.write(json.dumps({k: v for k, v in fields.items() if v is not None}, ensure_ascii=False) + "\n")
+    os.replace(aside, path)
