@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from kombu.entity import Exchange, Queue
+from typing import TYPE_CHECKING, Literal
 
 from modm_tasks.messages import Route
+
+if TYPE_CHECKING:
+    from kombu.entity import Queue
 
 LARGE_GEN = Route.LARGE_GEN.value
 SMALL_REFINE = Route.SMALL_REFINE.value
@@ -41,4 +42,6 @@ def role_of(mode: Mode, queues: tuple[str, ...]) -> Role | None:
 
 def queue(name: str) -> Queue:
     """A queue bound to its own direct exchange, so that a publish to it can never be unroutable."""
+    from kombu.entity import Exchange, Queue  # costs 0.1 s, which commands that only need names do not pay
+
     return Queue(name, Exchange(name, type="direct"), routing_key=name)

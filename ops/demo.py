@@ -25,7 +25,7 @@ from modm_tasks.output import handle_errors, note
 from modm_tasks.settings import Settings, load_settings
 
 SCENES = Path(__file__).parent / "scenes" / "data"
-TRACE, WARM_CACHE = SCENES / "trace.jsonl", SCENES / "warm_cache"
+TRACE, WARM_CACHE = SCENES / "trace.jsonl", SCENES / "warm-cache"
 MIN_SPEEDUP = 1.8
 REQUESTS, ROLE_REQUESTS, CONCURRENCY = 120, 40, 2
 MODM = (sys.executable, "-m", "orchestrator.cli")
@@ -39,6 +39,7 @@ class Run:
     policy: str
     requests: int
     warm: bool = True
+    options: tuple[str, ...] = ()
 
 
 def demo_environ(environ: Mapping[str, str], home: Path, engine: str) -> dict[str, str]:
@@ -87,11 +88,11 @@ class Demo:
         self.modm(
             *("submit-trace", str(TRACE), "--arrivals", "closed", "--concurrency", str(CONCURRENCY)),
             *("--num-requests", str(run.requests), "--policy", run.policy, "--namespace", f"demo-{run.name}"),
-            *(*warm, "--report", str(folder)),
+            *(*warm, *run.options, "--name", run.name, "--report", str(folder)),
         )
         from orchestrator.report.write import read_report
 
-        return read_report(folder) | {"name": run.name}
+        return read_report(folder)
 
     def control(self, **changes: object) -> None:
         """Change the running controller, and say so."""
@@ -108,8 +109,9 @@ class Demo:
         # The published roles: both workers begin as large ones, as in the paper's artefact, and the controller moves
         # them by what it sees.
         self.control(mode="roles", allocation="static", static_large=2, period_s=5.0)
-        self.control(allocation="modm-throughput")
-        roles = self.replay(Run(name="modm-roles", policy="modm", requests=min(self.requests, ROLE_REQUESTS)))
+        options = ("--workers", "roles", "--allocation", "modm-throughput")
+        few = min(self.requests, ROLE_REQUESTS)
+        roles = self.replay(Run(name="modm-roles", policy="modm", requests=few, options=options))
         return self.compare(large, pooled, roles)
 
     def compare(self, large: dict[str, Any], pooled: dict[str, Any], roles: dict[str, Any]) -> dict[str, Any]:

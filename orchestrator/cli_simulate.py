@@ -26,9 +26,7 @@ def simulate_command(
     small: Annotated[str, Opt(help="Small model of the profile.")] = "sdxl",
     large_s: Annotated[float | None, Opt(help="Seconds of a full large image.")] = None,
     small_s: Annotated[float | None, Opt(help="Seconds of a full small image.")] = None,
-    arrivals: Annotated[
-        str, Opt(help="poisson | burst | closed | recorded | rising | fluctuating.")
-    ] = "poisson",
+    arrivals: Annotated[str, Opt(help="poisson | burst | closed | recorded | rising | fluctuating.")] = "poisson",
     rate_per_min: Annotated[float, Opt(help="Offered load.")] = 0.0,
     num_requests: Annotated[int, Opt(min=0, help="How many; 0 = all rows after the warm cache.")] = 0,
     concurrency: Annotated[int, Opt(min=1, help="Open requests of closed arrivals.")] = 1,

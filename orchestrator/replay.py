@@ -77,9 +77,10 @@ def replay(
 ) -> ReplayResult:
     """Send every row and wait for its end. Ctrl-C stops submitting and returns what is known so far."""
     run = _Run(target, rows, plan, listener)
-    if plan.arrivals_s is None:
-        return run.closed()
-    return run.open(plan.arrivals_s)
+    result = run.closed() if plan.arrivals_s is None else run.open(plan.arrivals_s)
+    if not result.interrupted:
+        result.records = [_settled(target, record) for record in result.records]
+    return result
 
 
 def warm_up(
@@ -202,6 +203,11 @@ class _Run:
                 self.progress.routed += 1
                 self.progress.hits += record.decision.source_id is not None
         self.listener(self.progress)
+
+
+def _settled(target: Target, record: RequestRecord) -> RequestRecord:
+    """The record once more, where it was read before its image was cached and its prompt score noted."""
+    return target.wait(record.id, 10.0, admitted=True) if _unadmitted(record) else record
 
 
 def _unadmitted(record: RequestRecord) -> bool:

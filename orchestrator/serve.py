@@ -50,7 +50,7 @@ def run(settings: Settings, sock: socket.socket) -> None:
     check_listen(settings)
     app = make_app(settings, Gate.from_settings(settings))
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=10, timeout_keep_alive=75
+        app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=3, timeout_keep_alive=75
     )
     log.info("listening on http://%s:%d", *sock.getsockname()[:2])
     uvicorn.Server(config).run(sockets=[sock])

@@ -90,18 +90,24 @@ def load_catalogue(models_file: Path | None = None) -> dict[str, ModelEntry]:
         entries |= _read(models_file)
     seen: dict[str, str] = {}
     for entry in entries.values():
-        for name in {entry.name.lower(), *(a.lower() for a in entry.aliases)}:
-            if name in seen:
-                raise ConfigError(f"models {seen[name]!r} and {entry.name!r} are both called {name!r}", field="aliases")
-            seen[name] = entry.name
+        for alias in {a.lower() for a in entry.aliases}:
+            if alias in seen:
+                raise ConfigError(
+                    f"models {seen[alias]!r} and {entry.name!r} are both called {alias!r}", field="aliases"
+                )
+            seen[alias] = entry.name
     return entries
 
 
 def find(name: str, models_file: Path | None = None) -> ModelEntry:
-    """The entry called ``name``, by name or alias, in any case. Raises ConfigError that lists the names."""
+    """The entry called ``name``, else the one with that alias, in any case. Raises ConfigError that lists the names."""
     entries = load_catalogue(models_file)
+    wanted = name.lower()
     for entry in entries.values():
-        if name.lower() in {entry.name.lower(), *(a.lower() for a in entry.aliases)}:
+        if wanted == entry.name.lower():
+            return entry
+    for entry in entries.values():
+        if wanted in {alias.lower() for alias in entry.aliases}:
             return entry
     raise ConfigError(f"no model {name!r} in the catalogue; there are: {', '.join(entries)}", field="model")
 

@@ -71,7 +71,7 @@ class DiffusersEngine:
         free_cached(self._device)
 
     def probe(self, model: str) -> None:
-        """One real step (or as few as it can) at the model's own size; its peak above the weights is kept free from then on."""
+        """As few real steps as it can, at the model's own size; the peak above the weights stays free from then on."""
         entry = self._entry(model)
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)

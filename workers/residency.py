@@ -122,8 +122,8 @@ class Residency:
             self._park(slot)
         else:
             slot.model, slot.host = None, {}
-            gc.collect()
-        free_cached(self.device)
+            gc.collect()  # pipelines hold cycles; parked weights do not, and need no collection
+        empty_cache(self.device)
 
     def measure_prices(self) -> None:
         """Swap every model in once where they do not all fit, so that prices are known before the first request."""
@@ -199,6 +199,11 @@ def device_budget(device: torch.device, memory_mib: int) -> int | None:
 def free_cached(device: torch.device) -> None:
     """Collect, then hand cached blocks back; in this order, because what is not collected is not free."""
     gc.collect()
+    empty_cache(device)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Hand the allocator's cached blocks back to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from ops.scenes.classifier import attribute_accuracy
+from ops.scenes.clip import NAME as CLIP_NAME
 from ops.scenes.embed import embed_images, embed_texts
-from ops.scenes.export import CLIP_FOLDER, CLIP_NAME, LARGE, SMALL, STEPS
+from ops.scenes.export import CLIP_FOLDER, LARGE, SMALL, STEPS
 from ops.scenes.generate import Job, draw_all
 from ops.scenes.holdout import CHAIN_LENGTH, Prompt, calibration_prompts
 from ops.scenes.loop import work_folder
@@ -89,7 +90,8 @@ def read_ladder(path: Path = LADDER) -> list[Rung]:
 def chain_similarity(prompts: Sequence[Prompt], texts: np.ndarray, images: np.ndarray) -> np.ndarray:
     """-> (n, CHAIN_LENGTH): cosine of each prompt to each picture of its own chain."""
     blocks = images.reshape(-1, CHAIN_LENGTH, images.shape[1])
-    return np.einsum("nd,ncd->nc", texts, blocks[[p.chain for p in prompts]])
+    cosines: np.ndarray = np.einsum("nd,ncd->nc", texts, blocks[[p.chain for p in prompts]])
+    return cosines
 
 
 def measure(work: Path, processes: int) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], float]:
@@ -133,7 +135,7 @@ def main() -> None:
     rungs = build_ladder(measured, target)
     profile = {
         str(depth): [
-            {"similarity": round(float(low), 2), "pairs": int(inside.sum()), "quality": round(float(q[inside].mean()), 4)}
+            {"from": round(float(low), 2), "pairs": int(inside.sum()), "quality": round(float(q[inside].mean()), 4)}
             for low in np.arange(0.0, 0.85, 0.05)
             if (inside := (s >= low) & (s < low + 0.05)).sum() >= 10
         ]

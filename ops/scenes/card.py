@@ -40,7 +40,9 @@ def _bar(name: str, value: float, sign: str, bound: float) -> dict[str, Any]:
     return {"name": name, "value": value, "bar": f"{sign} {bound:g}", "met": met}
 
 
-def write_card(figures: dict[str, Any], json_path: Path = CARD_JSON, markdown_path: Path = CARD_MD) -> list[dict[str, Any]]:
+def write_card(
+    figures: dict[str, Any], json_path: Path = CARD_JSON, markdown_path: Path = CARD_MD
+) -> list[dict[str, Any]]:
     """Writes both files; returns the bars."""
     judged = bars(figures)
     json_path.write_text(json.dumps({**figures, "bars": judged}, indent=2) + "\n")
@@ -58,7 +60,7 @@ def markdown(figures: dict[str, Any], judged: list[dict[str, Any]]) -> str:
         "family). They draw one or two coloured shapes on a background and nothing else; any other prompt gives noise",
         "of that kind. They are meant for demos, tests and quality measurements without a download.",
         "",
-        "Written by `make eval-scenes` (`model_card.json` beside this file holds the same figures and the file hashes).",
+        "Written by `make eval-scenes`; `model_card.json` beside this file holds the same figures and the file hashes.",
         "Accuracy is judged by an independent classifier trained on rendered scenes; it reads rendered pictures of the",
         f"evaluation's scenes at {drawing['classifier_on_rendered']:.3f}. Prompts are unseen scenes in chains of",
         "one-attribute edits; standard errors are over chains.",
@@ -98,7 +100,7 @@ def markdown(figures: dict[str, Any], judged: list[dict[str, Any]]) -> str:
         "",
         f"One guided 50-step picture on one CPU thread: large {speed['large_s']} s, small {speed['small_s']} s "
         f"({speed['ratio']} times).",
-        f"CLIP: R@1 {clip['r_at_1']['mean']:.3f} ± {clip['r_at_1']['se']:.3f} among 1,000 unseen pictures, swapped colours "
+        f"CLIP: R@1 {clip['r_at_1']['mean']:.3f} ± {clip['r_at_1']['se']:.3f} among 1,000 pictures, swapped colours "
         f"{clip['swapped_colours']['mean']:.3f}, swapped positions {clip['swapped_positions']['mean']:.3f}; "
         f"cosine to the own picture {clip['cosine_own_picture']}, to another {clip['cosine_other_picture']}.",
         "",

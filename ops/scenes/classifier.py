@@ -7,6 +7,7 @@ judges what a generated picture shows and not whether its pixels look rendered.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -45,7 +46,7 @@ class SceneClassifier(nn.Module):
         super().__init__()
         widths = (3, 24, 48, 64, 96, 96)
         layers: list[nn.Module] = []
-        for index, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for index, (a, b) in enumerate(itertools.pairwise(widths)):
             layers += [nn.Conv2d(a, b, 3, stride=1 if index == 4 else 2, padding=1), nn.GroupNorm(8, b), nn.SiLU()]
         self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(96 * 16, 192), nn.SiLU())
         self.heads = nn.ModuleList(nn.Linear(192, size) for size in CODE_SIZES)
@@ -73,15 +74,15 @@ def train_classifier(folder: Path, config: StageConfig = STAGE, *, stop_after: i
     run_stage(config, {"classifier": model}, step, folder, stop_after=stop_after)
 
 
-@torch.no_grad()
 def _worn(pixels: torch.Tensor, vae: nn.Module, rng: StepRandom) -> torch.Tensor:
     """A third through the autoencoder with disturbed latents, a third blurred; all with noise and shifted tones."""
     n, g = len(pixels), rng.torch
     third = n // 3
     out = pixels.clone()
-    latents = vae.encode(pixels[:third]).latent_dist.mean
     strength = 0.25 * torch.rand(third, 1, 1, 1, generator=g)
-    out[:third] = vae.decode(latents + strength * torch.randn(latents.shape, generator=g)).sample
+    with torch.no_grad():
+        latents = vae.encode(pixels[:third]).latent_dist.mean
+        out[:third] = vae.decode(latents + strength * torch.randn(latents.shape, generator=g)).sample
     soft = F.interpolate(F.avg_pool2d(pixels[third : 2 * third], 2), scale_factor=2, mode="bilinear")
     out[third : 2 * third] = soft
     out = out * (1 + 0.1 * torch.randn(n, 3, 1, 1, generator=g)) + 0.05 * torch.randn(n, 3, 1, 1, generator=g)
@@ -111,7 +112,8 @@ def predict(images: Sequence[Image.Image]) -> np.ndarray:
     with torch.no_grad():
         for start in range(0, len(pixels), 128):
             found.append(torch.stack([x.argmax(-1) for x in model(to_tensor(pixels[start : start + 128]))], 1))
-    return torch.cat(found).numpy()
+    codes: np.ndarray = torch.cat(found).numpy()
+    return codes
 
 
 def attribute_accuracy(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[str, np.ndarray]:

@@ -71,7 +71,7 @@ def grow(shallow: dict[str, torch.Tensor], old_layers: int, new_layers: int) -> 
     Each added block is a copy of the block before it with its gates (the parts of the adaptive normalisation that scale
     what attention and feed-forward add) at zero. The last block stays last: it alone drops the text stream.
     """
-    target = make_large(new_layers).state_dict()
+    target: dict[str, torch.Tensor] = make_large(new_layers).state_dict()
     added = new_layers - old_layers
     # New blocks go after old blocks 0, 1, ... evenly, never after the last.
     order: list[tuple[int, bool]] = []
@@ -133,11 +133,11 @@ class FrozenText:
             encoder.load_state_dict(states[name])
             encoder.eval().requires_grad_(False)
 
-    @torch.no_grad()
     def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """-> hidden states (n, 25, 128) as `StableDiffusion3Pipeline` builds them, pooled (n, 128)."""
         ids = tokenize(self.tokenizer, texts)
-        outs = [self.encoders[n](ids, output_hidden_states=True) for n in ("clip_l", "clip_g")]
+        with torch.no_grad():
+            outs = [self.encoders[n](ids, output_hidden_states=True) for n in ("clip_l", "clip_g")]
         hidden = torch.cat([o.hidden_states[-2] for o in outs], -1)
         absent = hidden.new_zeros(len(texts), T5_TOKENS, hidden.shape[-1])
         return torch.cat([hidden, absent], 1), torch.cat([o.text_embeds for o in outs], -1)
@@ -187,6 +187,30 @@ def train_denoiser(
 
     fresh_from = {"denoiser": fresh} if fresh is not None else None
     run_stage(config, {"denoiser": model}, step, folder, stop_after=stop_after, fresh_from=fresh_from)
+
+
+SHALLOW_STAGE = StageConfig(name="large-shallow", steps=1700, learning_rate=1.2e-3, decay=0.0)
+LARGE_STAGE = StageConfig(name="large", steps=1600, learning_rate=1.2e-3, decay=0.5)
+#: Stopped early and without a fall of the rate: a small model that is good enough to refine, and no better than needed.
+SMALL_STAGE = StageConfig(name="small", steps=3600, learning_rate=2e-3, decay=0.4)
+
+
+def train_large(folder: Path) -> None:
+    """Four layers first, which learn twice as fast a second, then nine that start from what the four learned."""
+    bank, text = load_bank(folder), FrozenText(folder)
+    torch.manual_seed(SHALLOW_STAGE.seed)
+    shallow = make_large(SHALLOW_LAYERS)
+    train_denoiser(folder, SHALLOW_STAGE, shallow, denoise_with(shallow, text), bank)
+    grown = grow(load_average(folder, SHALLOW_STAGE.name)["denoiser"], SHALLOW_LAYERS, LARGE_LAYERS)
+    model = make_large()
+    train_denoiser(folder, LARGE_STAGE, model, denoise_with(model, text), bank, fresh=grown)
+
+
+def train_small(folder: Path) -> None:
+    text = FrozenText(folder)
+    torch.manual_seed(SMALL_STAGE.seed)
+    model = make_small()
+    train_denoiser(folder, SMALL_STAGE, model, denoise_with(model, text), load_bank(folder))
 
 
 def finished_vae_from(folder: Path) -> AutoencoderKL:

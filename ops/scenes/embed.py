@@ -20,24 +20,24 @@ def _clip() -> tuple[Any, Any, Any]:
     return load_clip(CLIP_FOLDER)
 
 
-@torch.no_grad()
 def embed_texts(texts: Sequence[str]) -> np.ndarray:
     """-> float32 (n, 128), unit length."""
     model, _, tokenizer = _clip()
-    parts = [
-        F.normalize(model.encode_text(tokenizer(list(texts[i : i + 128]))), dim=-1) for i in range(0, len(texts), 128)
-    ]
+    parts = []
+    for start in range(0, len(texts), 128):
+        with torch.no_grad():
+            parts.append(F.normalize(model.encode_text(tokenizer(list(texts[start : start + 128]))), dim=-1))
     vectors: np.ndarray = torch.cat(parts).numpy()
     return vectors
 
 
-@torch.no_grad()
 def embed_images(images: Sequence[Image.Image]) -> np.ndarray:
     """-> float32 (n, 128), unit length."""
     model, preprocess, _ = _clip()
     parts = []
     for start in range(0, len(images), 128):
         pixels = torch.stack([preprocess(image) for image in images[start : start + 128]])
-        parts.append(F.normalize(model.encode_image(pixels), dim=-1))
+        with torch.no_grad():
+            parts.append(F.normalize(model.encode_image(pixels), dim=-1))
     vectors: np.ndarray = torch.cat(parts).numpy()
     return vectors

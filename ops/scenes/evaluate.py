@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ops.scenes.calibrate import CHAIN_LENGTH, Rung, chain_similarity, read_ladder, rung_depth
-from ops.scenes.card import write_card
+from ops.scenes.calibrate import Rung, chain_similarity, read_ladder, rung_depth
 from ops.scenes.captions import caption
+from ops.scenes.card import write_card
 from ops.scenes.classifier import attribute_accuracy
 from ops.scenes.embed import embed_images, embed_texts
 from ops.scenes.export import CLIP_FOLDER, LARGE, SMALL, weight_files
 from ops.scenes.generate import Job, Painter, draw_all
-from ops.scenes.holdout import Prompt, read_eval_prompts
+from ops.scenes.holdout import CHAIN_LENGTH, Prompt, read_eval_prompts
 from ops.scenes.loop import work_folder
 from ops.scenes.render import render
 from ops.scenes.scene import ATTRIBUTES, Scene, sample_scenes, swap_colours, swap_positions

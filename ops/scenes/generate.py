@@ -45,7 +45,8 @@ class Job:
 @lru_cache(maxsize=8)
 def _fingerprint(model: str) -> str:
     digest = hashlib.sha256()
-    for path in sorted((DIFFUSION_FOLDER / model).rglob("*.safetensors")) + [DIFFUSION_FOLDER / model / "modm.json"]:
+    folder = DIFFUSION_FOLDER / model
+    for path in (*sorted(folder.rglob("*.safetensors")), folder / "modm.json"):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -109,7 +109,7 @@ def run_stage(
             group["lr"] = config.learning_rate * rate_at(step, config)
         loss, report = step_fn(step, step_random(config.seed, config.name, step))
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         step += 1

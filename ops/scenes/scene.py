@@ -97,8 +97,7 @@ def sample_scene(rng: np.random.Generator, *, allow_held_out: bool = False, pair
         count = 2 if rng.random() < pair_fraction else 1
         colours = rng.permutation(len(COLOURS))[:count]
         objects = tuple(
-            SceneObject(SHAPES[rng.integers(len(SHAPES))], COLOURS[c], SIZES[rng.integers(len(SIZES))])
-            for c in colours
+            SceneObject(SHAPES[rng.integers(len(SHAPES))], COLOURS[c], SIZES[rng.integers(len(SIZES))]) for c in colours
         )
         layouts = PAIR_LAYOUTS if count == 2 else POSITIONS
         scene = Scene(

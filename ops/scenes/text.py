@@ -1,7 +1,7 @@
 """The family's tokenizer and tiny CLIP text encoders, pretrained to know what a caption says.
 
-Learning language through a denoising loss is slow. A minute of predicting a scene's attributes from its caption, through
-the very hidden states that the pipelines will hand to the denoisers, leaves them only drawing to learn.
+Learning language through a denoising loss is slow. A minute of predicting a scene's attributes from its caption,
+through the very hidden states that the pipelines will hand to the denoisers, leaves them only drawing to learn.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-import numpy as np
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn

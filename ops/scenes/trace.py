@@ -78,10 +78,9 @@ def stream(seed: int = 7, count: int = WARM + REQUESTS) -> list[Request]:
 
 def _lag(rng: np.random.Generator, index: int) -> int:
     """How many requests back the prompt is that a user goes on from: a recent one of a few, or an old favourite."""
-    if rng.random() < 0.82:
-        lag = 1 + rng.lognormal(np.log(3.5), 0.9)
-    else:
-        lag = np.exp(rng.uniform(np.log(30), np.log(500)))
+    recent = 1 + rng.lognormal(np.log(3.5), 0.9)
+    old = np.exp(rng.uniform(np.log(30), np.log(500)))
+    lag = recent if rng.random() < 0.82 else old
     return int(np.clip(lag, 1, index))
 
 

@@ -92,8 +92,8 @@ def finished_vae(state: dict[str, torch.Tensor]) -> AutoencoderKL:
     return vae
 
 
-@torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 64) -> torch.Tensor:
     """uint8 (n, 64, 64, 3) -> float latents (n, 4, 16, 16), the means of the posterior."""
-    parts = [vae.encode(to_tensor(pixels[i : i + batch])).latent_dist.mean for i in range(0, len(pixels), batch)]
+    with torch.no_grad():
+        parts = [vae.encode(to_tensor(pixels[i : i + batch])).latent_dist.mean for i in range(0, len(pixels), batch)]
     return torch.cat(parts)

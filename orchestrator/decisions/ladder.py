@@ -42,7 +42,9 @@ class Ladder:
             raise ConfigError("a ladder needs at least one rung", field="ladder")
         for low, high in pairwise(self.rungs):
             if not (low.min_similarity < high.min_similarity and low.skipped_steps < high.skipped_steps):
-                raise ConfigError("ladder: similarity and skipped steps must both rise from rung to rung", field="ladder")
+                raise ConfigError(
+                    "ladder: similarity and skipped steps must both rise from rung to rung", field="ladder"
+                )
         for rung in self.rungs:
             if not (0 <= rung.min_similarity <= 1 and 0 < rung.skipped_steps < self.num_inference_steps):
                 raise ConfigError(

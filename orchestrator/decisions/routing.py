@@ -91,7 +91,9 @@ def route(given: RouteInput) -> Decision:
     if given.policy == "large-only":
         return _miss(given, "policy large-only")
     if given.policy == "small-only":
-        return Decision(route=Route.SMALL_REFINE, policy=given.policy, reason="policy small-only: drawn by the small model")
+        return Decision(
+            route=Route.SMALL_REFINE, policy=given.policy, reason="policy small-only: drawn by the small model"
+        )
     if request.cache in {"bypass", "refresh"}:
         return _miss(given, f"cache={request.cache}")
     if (stored := _stored(given)) is not None:

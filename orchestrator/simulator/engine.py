@@ -51,6 +51,7 @@ class Simulation:
         self.decisions: list[Decision | None] = [None] * n
         self.rank = [0.0] * n
         self.saved_s: dict[int, float] = {}
+        self.turn_s: dict[int, float] = {}
         self.large_s, self.small_s, self.steps = config.large_s, config.small_s, config.total_steps
         self.lowered = 0
         self.refuse_until = 0.0
@@ -252,9 +253,14 @@ class Simulation:
     def _tired(self, row: int) -> None:
         if self.state[row] != WAITING:
             return
-        if self.config.wait_bound_from_turn and self._turn_is_ahead(row):
-            self._push(self.now + self.config.wait_bound_s, _TIRED_EVENT, row)
-            return
+        if self.config.wait_bound_from_turn:
+            if self._turn_is_ahead(row):
+                self._push(self.now + self.config.wait_bound_s / 4, _TIRED_EVENT, row)
+                return
+            since = self.turn_s.setdefault(row, self.now)
+            if self.now < since + self.config.wait_bound_s:
+                self._push(since + self.config.wait_bound_s, _TIRED_EVENT, row)
+                return
         self.outcome.tired += 1
         self._after_wait(row)
 
@@ -320,13 +326,17 @@ class Simulation:
             )
         )
         if decision.waits_on is None:
-            self.windows.count(self.now, "misses" if decision.route is Route.LARGE_GEN else f"k:{decision.skipped_steps}")
+            self.windows.count(
+                self.now, "misses" if decision.route is Route.LARGE_GEN else f"k:{decision.skipped_steps}"
+            )
         return decision
 
     def _found(self, row: int) -> routing.Found | None:
         bounded = "drift" in self.config.features
         for j, similarity in self.source.images(row):
-            if (self.cached[j] or self.source.always_cached) and not (bounded and self.depth[j] > self.config.max_depth):
+            if (self.cached[j] or self.source.always_cached) and not (
+                bounded and self.depth[j] > self.config.max_depth
+            ):
                 same = "repeats" in self.config.features and self.source.same_text(row, j)
                 return routing.Found(id=str(j), uri="", similarity=similarity, depth=self.depth[j], same_prompt=same)
         return None

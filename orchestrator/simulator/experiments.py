@@ -21,20 +21,23 @@ class System:
     change: dict[str, Any]
 
 
-#: Published roles for the paper's policies; `slo` has pooled roles, its default where both models are resident. The
-#: router is the published one for all three; the last adds our mechanisms.
+#: Published roles for the paper's policies; `slo` has pooled roles, its default where both models are resident, and its
+#: overload control. All have the published router but the last, which adds our mechanisms.
 SYSTEMS = (
     System(name="modm-quality", change={"workers": "roles", "allocation": "modm-quality"}),
     System(name="modm-throughput", change={"workers": "roles", "allocation": "modm-throughput"}),
-    System(name="slo", change={"workers": "pooled-roles", "allocation": "slo"}),
+    System(name="slo", change={"workers": "pooled-roles", "allocation": "slo", "degrade": True}),
+    System(name="slo, quality never lowered", change={"workers": "pooled-roles", "allocation": "slo"}),
     System(
-        name="slo + modm-plus",
+        name="slo + in-flight, late binding",
         change={
-            "workers": "pooled-roles", "allocation": "slo",
-            "features": frozenset({"inflight", "late-binding", "deadline"}), "degrade": True,
+            "workers": "pooled-roles",
+            "allocation": "slo",
+            "degrade": True,
+            "features": frozenset({"inflight", "late-binding"}),
         },
     ),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,7 @@ class Cell:
     hit_rate: float
     p99_s: float
     role_moves: float
+    degraded: float
 
 
 def sweep(
@@ -90,17 +94,52 @@ def _cell(name: str, rate: float, found: Sequence[dict[str, Any]]) -> Cell:
         hit_rate=mean(lambda r: r["hit_rate"]),
         p99_s=mean(lambda r: r["latency_s"]["p99"]),
         role_moves=mean(lambda r: r["role_moves"]),
+        degraded=mean(lambda r: r["degraded_time"]),
     )
 
 
 def table(cells: Iterable[Cell]) -> str:
-    """Markdown: a row for each rate and system, in percent where a share is meant."""
-    head = "| offered /min | system | over 2x SLO | over 4x | refused | within SLO /min | served /min | hit rate | P99 s |"
-    lines = [head, "|---" * 9 + "|"]
-    for c in cells:
+    """Markdown: a row for each rate and system. ``degraded``: share of the time with quality lowered."""
+    columns = (
+        "offered /min", "system", "over 2x SLO", "over 4x", "refused", "within SLO /min", "served /min", "hit rate", "P99 s",
+        "degraded",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines += [
+        f"| {c.rate_per_min:g} | {c.system} | {c.violations_2x:.1%} | {c.violations_4x:.1%} | {c.refused:.1%} "
+        f"| {c.goodput_per_min:.2f} | {c.served_per_min:.2f} | {c.hit_rate:.2f} | {c.p99_s:.0f} | {c.degraded:.0%} |"
+        for c in cells
+    ]
+    return "\n".join(lines)
+
+
+#: One at a time, then all; see docs/policies.md.
+MECHANISMS = ("inflight", "late-binding", "repeats", "verify", "deadline", "drift")
+
+
+def ablation(base: SimConfig, source: Similarities, load: Load) -> list[tuple[str, dict[str, Any]]]:
+    """(name, report) of large-only, the published algorithm, each mechanism by itself, all but the one that buys
+    quality with time, and all."""
+    runs: list[tuple[str, SimConfig]] = [
+        ("large-only", replace(base, policy="large-only", features=frozenset())),
+        ("modm", replace(base, features=frozenset())),
+    ]
+    runs += [(f"modm + {name}", replace(base, features=frozenset({name}))) for name in MECHANISMS]
+    runs.append(("all but verify", replace(base, policy="modm-plus", features=frozenset(MECHANISMS) - {"verify"})))
+    runs.append(("modm-plus (all)", replace(base, policy="modm-plus", features=frozenset(MECHANISMS))))
+    return [(name, simulate(config, source, load).report()) for name, config in runs]
+
+
+def ablation_table(rows: Iterable[tuple[str, dict[str, Any]]], bound_per_min: float) -> str:
+    """Markdown."""
+    lines = [
+        "| system | hit rate | served /min | of the fluid bound | over 2x SLO | P99 s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, r in rows:
         lines.append(
-            f"| {c.rate_per_min:g} | {c.system} | {c.violations_2x:.1%} | {c.violations_4x:.1%} | {c.refused:.1%} "
-            f"| {c.goodput_per_min:.2f} | {c.served_per_min:.2f} | {c.hit_rate:.2f} | {c.p99_s:.0f} |"
+            f"| {name} | {r['hit_rate']:.2f} | {r['served_per_min']:.2f} | {r['served_per_min'] / bound_per_min:.2f} "
+            f"| {r['slo']['violations_2x']:.1%} | {r['latency_s']['p99']:.0f} |"
         )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Writes what a run gave: report.json, per-minute CSV, per-request CSV, plots where the report package has them."""
+"""Writes what a run gave: report.json, per-minute CSV, per-request CSV, plots."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modm_tasks.errors import InvalidInputError
+from orchestrator.simulator import plots
 from orchestrator.simulator.outcome import Outcome
 
 
@@ -22,6 +23,7 @@ def write_run(outcome: Outcome, folder: Path) -> dict[str, Any]:
         write_csv(folder / "per_request.csv", outcome.per_request())
         if outcome.ticks:
             write_csv(folder / "controller.csv", outcome.ticks)
+        plots.of_run(outcome, folder)
     except OSError as error:
         raise InvalidInputError(f"cannot write {folder}: {error.strerror}", field="report") from error
     return found

@@ -106,6 +106,7 @@ class Outcome:
             },
             "refined_by": dict(models),
             "role_moves": self.role_moves,
+            "degraded_time": round(sum(t["degradation"] > 0 for t in self.ticks) / max(1, len(self.ticks)), 4),
             "waited": int(self.waited[rows].sum()),
             "gave_up_waiting": self.tired,
             "rebound": int(self.rebound[rows].sum()),

@@ -96,9 +96,7 @@ def arrival_times(load: Load, source: Similarities) -> list[float]:
             raise InvalidInputError("arrivals recorded needs --arrivals-file", field="arrivals_file")
         times = recorded_times(load.file)[:n]
         n = len(times)
-    return arrivals.arrival_times(
-        load.kind, n, recorded=times, rate_per_min=load.rate_per_min or None, seed=load.seed
-    )
+    return arrivals.arrival_times(load.kind, n, recorded=times, rate_per_min=load.rate_per_min or None, seed=load.seed)
 
 
 def recorded_times(path: Path) -> list[float]:

@@ -51,7 +51,9 @@ class VectorSimilarities:
         vectors = _unit(text)
         self.n, self.warm = len(vectors), warm
         if not 0 <= warm < self.n:
-            raise InvalidInputError(f"warm-cache must be 0..{self.n - 1} with {self.n} rows, not {warm}", field="warm_cache")
+            raise InvalidInputError(
+                f"warm-cache must be 0..{self.n - 1} with {self.n} rows, not {warm}", field="warm_cache"
+            )
         floor = threshold if image is None else min(threshold, 0.5)
         self._texts = _candidates(vectors, vectors, floor)
         pictures = None if image is None else _unit(image)
@@ -111,7 +113,9 @@ class StatisticalSimilarities:
 
 def _unit(vectors: NDArray[np.floating]) -> Floats:
     if vectors.ndim != 2 or len(vectors) < 2:
-        raise InvalidInputError(f"embeddings must be [n, dim] with n >= 2, not {list(vectors.shape)}", field="embeddings")
+        raise InvalidInputError(
+            f"embeddings must be [n, dim] with n >= 2, not {list(vectors.shape)}", field="embeddings"
+        )
     out = vectors.astype(np.float32)
     norms = np.linalg.norm(out, axis=1, keepdims=True)
     if not np.isfinite(norms).all() or (norms == 0).any():

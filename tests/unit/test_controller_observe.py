@@ -107,7 +107,7 @@ def test_speeds_are_learned_else_profiled_else_unknown() -> None:
     assert observe.model_step_s(learned, SETTINGS) == (0.2, 0.04)
     assert observe.model_step_s(Readings(now_s=0.0), SETTINGS) == (0.0, 0.0)
     told = SETTINGS.model_copy(update={"slo": SloSettings(large_latency_s=60.0)})
-    assert observe.model_step_s(Readings(now_s=0.0), told) == (pytest.approx(1.2), 0.0)
+    assert observe.model_step_s(Readings(now_s=0.0), told) == pytest.approx((1.2, 0.0))
 
 
 def test_a_switch_costs_what_is_not_resident() -> None:

@@ -36,7 +36,9 @@ class Measures:
     note: str
 
 
-def levels(*, threshold_rungs: int, floor_steps: int, total_steps: int, faster_small: bool = False) -> tuple[Level, ...]:
+def levels(
+    *, threshold_rungs: int, floor_steps: int, total_steps: int, faster_small: bool = False
+) -> tuple[Level, ...]:
     """All levels within the floors; index 0 is full quality."""
     found = [Level(threshold_rungs=0, large_steps=total_steps, faster_small=False, name="full quality")]
     for rung in range(1, threshold_rungs + 1):
