@@ -70,7 +70,13 @@ def _vae(scale: Scale, *, channels: int, scaling: float, shift: float | None, qu
 def _flow(**config: Any) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    return FlowMatchEulerDiscreteScheduler(**config)
+    return _on_cpu(FlowMatchEulerDiscreteScheduler, **config)
+
+
+def _on_cpu(scheduler: Any, **config: Any) -> Any:
+    """Schedulers hand their tables to numpy, so those stay in host memory whatever device the weights are drawn on."""
+    with torch.device("cpu"):
+        return scheduler(**config)
 
 
 def sd3(scale: Scale) -> Any:
@@ -165,7 +171,8 @@ def sdxl(scale: Scale) -> Any:
     )
     return StableDiffusionXLPipeline(
         unet=unet,
-        scheduler=EulerDiscreteScheduler(
+        scheduler=_on_cpu(
+            EulerDiscreteScheduler,
             beta_start=0.00085,
             beta_end=0.012,
             beta_schedule="scaled_linear",
@@ -241,7 +248,8 @@ def sana(scale: Scale) -> Any:
     """SANA 1600M: linear-attention transformer on 32-fold compressed latents, Gemma 2 2B."""
     from diffusers import DPMSolverMultistepScheduler, SanaPipeline
 
-    scheduler = DPMSolverMultistepScheduler(
+    scheduler = _on_cpu(
+        DPMSolverMultistepScheduler,
         prediction_type="flow_prediction",
         use_flow_sigmas=True,
         flow_shift=3.0,
@@ -256,7 +264,7 @@ def sana_sprint(scale: Scale) -> Any:
     """SANA-Sprint: the same shapes, distilled to 1-4 steps."""
     from diffusers import SanaSprintPipeline, SCMScheduler
 
-    return SanaSprintPipeline(scheduler=SCMScheduler(), **_sana_parts(scale, sprint=True))
+    return SanaSprintPipeline(scheduler=_on_cpu(SCMScheduler), **_sana_parts(scale, sprint=True))
 
 
 def z_image(scale: Scale) -> Any:
@@ -335,15 +343,20 @@ FAMILIES: dict[str, Callable[[Scale], Any]] = {
 }
 
 
-def build(family: str, scale: Scale = "tiny", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A pipeline with random weights, the same for the same seed. Raises KeyError for an unknown family."""
+def build(
+    family: str, scale: Scale = "tiny", *, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Any:
+    """A pipeline with random weights, the same for the same seed. Raises KeyError for an unknown family.
+
+    Weights are drawn on ``device``: billions of them take minutes on a CPU and a second on a GPU.
+    """
     kept = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device(device):
             torch.manual_seed(seed)
             pipeline = FAMILIES[family](scale)
     finally:
         torch.set_default_dtype(kept)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline.to(device)

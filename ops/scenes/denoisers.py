@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
 from ops.scenes.captions import caption
-from ops.scenes.loop import StageConfig, StepRandom, bf16, load_average, run_stage
+from ops.scenes.loop import StageConfig, StepRandom, bf16, load_average, rank_and_world, run_stage
 from ops.scenes.render import render_array
 from ops.scenes.scene import sample_scene, scene_from_codes
 from ops.scenes.text import WIDTH, load_tokenizer, make_text_encoders, tokenize
@@ -165,6 +165,7 @@ def train_denoiser(
     stop_after: int | None = None,
 ) -> None:
     """Flow matching on the bank. Every sample is told in a fresh phrasing."""
+    rank, world = rank_and_world()
 
     def step(index: int, rng: StepRandom) -> tuple[torch.Tensor, dict[str, float]]:
         rows = rng.numpy.integers(len(bank.codes), size=BATCH)
@@ -179,6 +180,9 @@ def train_denoiser(
         middle = torch.sigmoid(torch.randn(BATCH, generator=rng.torch))
         uniform = torch.rand(BATCH, generator=rng.torch)
         sigma = torch.where(torch.arange(BATCH) % 2 == 0, middle, uniform)
+        # Drawn for the whole batch and then cut: the steps are the same however many processes share them.
+        part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+        clean, noise, sigma, texts = clean[part], noise[part], sigma[part], texts[part]
         s = sigma[:, None, None, None]
         with bf16():
             predicted = denoise((1 - s) * clean + s * noise, sigma * 1000, texts)
@@ -190,9 +194,9 @@ def train_denoiser(
 
 
 SHALLOW_STAGE = StageConfig(name="large-shallow", steps=1700, learning_rate=1.2e-3, decay=0.0)
-LARGE_STAGE = StageConfig(name="large", steps=1600, learning_rate=1.2e-3, decay=0.5)
-#: Stopped early and without a fall of the rate: a small model that is good enough to refine, and no better than needed.
-SMALL_STAGE = StageConfig(name="small", steps=3600, learning_rate=2e-3, decay=0.4)
+LARGE_STAGE = StageConfig(name="large", steps=1500, learning_rate=1.2e-3, decay=0.5)
+#: Stopped before its rate has fallen: good enough to refine, and clearly worse than the large model from noise.
+SMALL_STAGE = StageConfig(name="small", steps=5000, learning_rate=2e-3, decay=0.5, stop_at=3653)
 
 
 def train_large(folder: Path) -> None:

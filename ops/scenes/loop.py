@@ -24,7 +24,10 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """How long and how fast a stage trains; `decay` is the share of steps over which the rate falls to zero."""
+    """How long and how fast a stage trains; `decay` is the share of steps over which the rate falls to zero.
+
+    `stop_at` ends a stage before its schedule does, for a model that is wanted unfinished.
+    """
 
     name: str
     steps: int
@@ -36,6 +39,11 @@ class StageConfig:
     ema: float = 0.998
     checkpoint_s: float = 60.0
     log_every: int = 25
+    stop_at: int | None = None
+
+    @property
+    def end(self) -> int:
+        return min(self.steps, self.stop_at or self.steps)
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def run_stage(
     stop_after: int | None = None,
     fresh_from: dict[str, dict[str, torch.Tensor]] | None = None,
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Trains until `config.steps`, resuming from `folder`; returns the averaged (EMA) weights of every module.
+    """Trains until `config.end`, resuming from `folder`; returns the averaged (EMA) weights of every module.
 
     `stop_after` ends early after so many steps of this call, as an interruption would (used by tests).
     `fresh_from` gives first weights when no checkpoint exists.
@@ -101,27 +109,56 @@ def run_stage(
         bundle.load_state_dict(saved["weights"])
         optimiser.load_state_dict(saved["optimiser"])
         average, step = saved["average"], int(saved["step"])
-        _say(config.name, f"resumes at step {step} of {config.steps}")
+        _say(config.name, f"resumes at step {step} of {config.end}")
+    rank, world = rank_and_world()
+    if world > 1:
+        torch.distributed.barrier()  # nobody saves while another still reads the checkpoint
     bundle.train()
     first, began, saved_at = step, time.monotonic(), time.monotonic()
-    while step < config.steps and (stop_after is None or step - first < stop_after):
+    while step < config.end and (stop_after is None or step - first < stop_after):
         for group in optimiser.param_groups:
             group["lr"] = config.learning_rate * rate_at(step, config)
         loss, report = step_fn(step, step_random(config.seed, config.name, step))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        _share_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         step += 1
         _average(average, bundle, min(config.ema, (1 + step) / (10 + step)))
-        if step % config.log_every == 0 or step == config.steps:
+        if rank == 0 and (step % config.log_every == 0 or step == config.end):
             pace = (time.monotonic() - began) / (step - first)
             figures = " ".join(f"{k} {v:.4f}" for k, v in {"loss": loss.item(), **report}.items())
-            _say(config.name, f"step {step}/{config.steps} {figures} {pace:.3f} s/step")
-        if time.monotonic() - saved_at > config.checkpoint_s or step == config.steps or stop_after is not None:
+            _say(config.name, f"step {step}/{config.end} {figures} {pace:.3f} s/step")
+        due = time.monotonic() - saved_at > config.checkpoint_s or step == config.end or stop_after is not None
+        if rank == 0 and due:
             _save(path, bundle, optimiser, average, step)
             saved_at = time.monotonic()
     return split_state(average)
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(0, 1) but under `python -m torch.distributed.run`, where every process computes its share of each batch."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _share_gradients(parameters: list[nn.Parameter]) -> None:
+    """Averages gradients over the processes, which then all take the same step."""
+    _, world = rank_and_world()
+    if world == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= world
+    start = 0
+    for gradient in gradients:
+        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+        start += gradient.numel()
 
 
 def load_average(folder: Path, name: str) -> dict[str, dict[str, torch.Tensor]]:

@@ -74,7 +74,7 @@ class Reconciler:
         if set(out.silent) - self._silent:
             log.warning("no answer from %s", ", ".join(out.silent))
         self._silent = set(out.silent)
-        before = roles.applied(self.ledger)
+        before, decided = roles.applied(self.ledger), roles.decided(self.ledger)
         plans = {w: plan(queues, targets[w]) for w, queues in actual.items()}
         busy = {w.worker for w in here if w.busy_with}
         for group in (busy, {w.worker for w in here} - busy):
@@ -82,7 +82,6 @@ class Reconciler:
             if mine and self.still_leading():
                 actual |= self._execute(mine)
         out.queues = actual
-        decided = roles.decided(self.ledger)
         for worker, queues in actual.items():
             if queues == targets[worker]:
                 if not queues and not desired[worker].drained:
@@ -176,6 +175,5 @@ class Reconciler:
         if why is not None:
             out.took_s[worker] = max(0.0, now_s - why.at_s)
             roles.note_time(self.ledger, move, took_s=out.took_s[worker])
-        log.info(
-            "moved from %s in %.3f s", old.role, out.took_s.get(worker, 0.0), extra=where | {"reason": move.reason}
-        )
+        took = f" in {out.took_s[worker]:.3f} s" if worker in out.took_s else ""
+        log.info("moved from %s%s", old.role or "drained", took, extra=where | {"reason": move.reason})

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+WIDTH = 110
 
 
 def worker_state(row: Mapping[str, Any]) -> str:
@@ -38,7 +41,7 @@ def worker_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def explained(answer: Mapping[str, Any]) -> str:
-    """The ticks in words and numbers, newest last."""
+    """The ticks in words and numbers, newest last; what is zero or empty is left out (``--json`` has all)."""
     lines = [f"leader: {answer['leader'] or 'none'}"]
     lines.append(
         "since the start: " + (", ".join(f"{n} {w}" for w, n in sorted(answer["counts"].items())) or "nothing")
@@ -47,7 +50,10 @@ def explained(answer: Mapping[str, Any]) -> str:
         at = time.strftime("%H:%M:%S", time.localtime(tick["at_s"]))
         lines += ["", f"{at}  {tick['allocation']}: {tick['n_large']} of {tick['n']} large ({tick['why']})"]
         lines.append(f"  reason: {tick['reason']}")
-        lines += [f"  {name}: {_short(value)}" for name, value in tick["inputs"].items()]
+        seen = ", ".join(
+            f"{name} {_short(value)}" for name, value in tick["inputs"].items() if value and name != "now_s"
+        )
+        lines += textwrap.wrap(f"saw: {seen}", WIDTH, initial_indent="  ", subsequent_indent="       ")
         for candidate in tick["candidates"]:
             mark = "*" if candidate.get("n_large") == tick["n_large"] else " "
             lines.append(f"  {mark} " + "  ".join(f"{k}={_short(v)}" for k, v in candidate.items()))

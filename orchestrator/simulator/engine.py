@@ -157,7 +157,8 @@ class Simulation:
             miss = overload.ClassLoad(workers=n_large, work_s=large + running_s * share, arriving=miss_load)
             hit = overload.ClassLoad(workers=n_small, work_s=small + running_s * (1 - share), arriving=hit_load)
             pair = (miss, hit) if decision.route is Route.LARGE_GEN else (hit, miss)
-            return overload.pooled_wait_s(*pair)
+            # The mean of the careful guess and of one queue over all: by itself the careful one refuses at low load.
+            return (overload.pooled_wait_s(*pair) + (large + small + running_s) / self.config.gpus) / 2
         if decision.route is Route.LARGE_GEN:
             return (large + running_s * share) / max(1, fleet.n_large) if fleet.n_busy == self.config.gpus else 0.0
         n_small = self.config.gpus - fleet.n_large
@@ -177,7 +178,11 @@ class Simulation:
         self._hasten(source, self.large_s - self._service_s(decision))
 
     def _hasten(self, source: int, saved_s: float) -> None:
-        """A source that is waited on goes first in proportion to the work that it saves."""
+        """A source that is waited on goes first in proportion to the work that it saves; what it waits on itself inherits
+        that, or a source could stay behind its own waiters."""
+        decision = self.decisions[source]
+        if self.state[source] == WAITING and decision is not None and decision.waits_on is not None:
+            self._hasten(int(decision.waits_on), saved_s)
         self.saved_s[source] = self.saved_s.get(source, 0.0) + saved_s
         for queue in self.fleet.queues.values():
             if source in queue:

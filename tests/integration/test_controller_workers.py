@@ -6,6 +6,7 @@ by giving both workers the roles it needs, so the order of the tests does not ma
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -31,6 +32,8 @@ from orchestrator.controller.reconcile import Reconciler, Round
 from orchestrator.controller.remote import RemoteControl
 from tests.conftest import child_environment
 from tests.support.processes import Process, Processes, processes, wait_until
+
+log = logging.getLogger(__name__)
 
 L, S = LARGE_GEN, SMALL_REFINE
 A, B = "gpu0@test", "gpu1@test"
@@ -163,21 +166,28 @@ def test_a_busy_worker_is_moved_at_once_and_finishes_what_it_draws(rig: Rig) -> 
     began = rig.ledger.now_s()
     running = rig.submit("a red circle")
     assert rig.record(running, State.RUNNING).worker == A
+    waiting = rig.submit("a blue square")  # nobody else serves large-gen yet
     roles.decide(rig.ledger, A, "small", reason="swap")
     roles.decide(rig.ledger, B, "large", reason="swap")
     found = rig.round()
     assert found.queues == {A: (S,), B: (L, S)}
-    assert found.took_s
     assert rig.ledger.get(running).state is State.RUNNING  # the queues changed while it was drawing
     assert {(m.worker, m.old, m.new, m.reason) for m in rig.moves(began)} == {
         (A, "large", "small", "swap"),
         (B, "small", "large", "swap"),
     }
-    assert all(took_s < 2.0 for took_s in found.took_s.values())
-    assert all(row["took_s"] is not None for row in roles.timed_moves(rig.ledger, since_s=began))
-    assert rig.record(rig.submit("a blue square"), State.DONE).worker == B  # A is still in its role's queues only
     done = rig.record(running, State.DONE)
     assert (done.worker, done.attempt) == (A, 1)
+    first = rig.record(waiting, State.DONE)
+    assert first.worker == B
+    assert first.claimed_s is not None
+    first_s = first.claimed_s - roles.decided(rig.ledger)[B].at_s
+    log.info("from decision to first task in the new role: %.3f s; to verified: %s", first_s, found.took_s)
+    # The bar is 1 s; docs/controller.md has the measured figures. A machine that runs other tests gets some room.
+    assert first_s < 3.0
+    assert set(found.took_s) == {A, B}
+    assert max(found.took_s.values()) < 3.0
+    assert all(row["took_s"] is not None for row in roles.timed_moves(rig.ledger, since_s=began))
 
 
 def test_pooled_roles_differ_by_order_and_are_reordered(rig: Rig) -> None:

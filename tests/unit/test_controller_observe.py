@@ -107,7 +107,9 @@ def test_speeds_are_learned_else_profiled_else_unknown() -> None:
     assert observe.model_step_s(learned, SETTINGS) == (0.2, 0.04)
     assert observe.model_step_s(Readings(now_s=0.0), SETTINGS) == (0.0, 0.0)
     told = SETTINGS.model_copy(update={"slo": SloSettings(large_latency_s=60.0)})
-    assert observe.model_step_s(Readings(now_s=0.0), told) == pytest.approx((1.2, 0.0))
+    assert observe.model_step_s(Readings(now_s=0.0), told) == pytest.approx((1.2, 1.2 * 16.5 / 91.5))
+    small_only = Readings(now_s=0.0, step_s={"little": 0.0165})
+    assert observe.model_step_s(small_only, SETTINGS) == pytest.approx((0.0915, 0.0165))
 
 
 def test_a_switch_costs_what_is_not_resident() -> None:
