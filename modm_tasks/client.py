@@ -266,7 +266,8 @@ def _parsed(response: httpx.Response) -> Any:
 
 def parse_events(lines: Iterator[str]) -> Iterator[Event]:
     """The text/event-stream grammar: fields ``event``, ``data`` (joined by newlines) and ``id``; ``:`` is a comment."""
-    name, event_id, data = "message", "", []
+    name, event_id = "message", ""
+    data: list[str] = []
     for line in lines:
         if not line:
             if data:

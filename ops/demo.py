@@ -54,6 +54,10 @@ def demo_environ(environ: Mapping[str, str], home: Path, engine: str) -> dict[st
         "MODM_WORKER__MODE": "pooled",
         "MODM_WORKER__ENGINE": engine,
         "MODM_WORKER__DEVICE": "cpu",
+        # Roles are to move within a run of half a minute, so the controller looks at the last 20 s, not the last 180.
+        "MODM_CONTROLLER__PERIOD_S": "5",
+        "MODM_CONTROLLER__WINDOW_S": "20",
+        "MODM_CONTROLLER__BUCKET_S": "2",
     }
     return kept | ours | ({"MODM_EMBEDDER": "fake"} if engine == "fake" else {})
 
@@ -108,7 +112,7 @@ class Demo:
         pooled = self.replay(Run(name="modm", policy="modm", requests=self.requests))
         # The published roles: both workers begin as large ones, as in the paper's artefact, and the controller moves
         # them by what it sees.
-        self.control(mode="roles", allocation="static", static_large=2, period_s=5.0)
+        self.control(mode="roles", allocation="static", static_large=2)
         options = ("--workers", "roles", "--allocation", "modm-throughput")
         few = min(self.requests, ROLE_REQUESTS)
         roles = self.replay(Run(name="modm-roles", policy="modm", requests=few, options=options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -79,7 +80,7 @@ def _mount() -> None:
     from vector_store.cli import cache_app
     from workers.cli import models_app, worker_command
 
-    for name, command in {
+    commands: dict[str, Callable[..., None]] = {
         "up": up,
         "down": down,
         "status": status_command,
@@ -89,7 +90,8 @@ def _mount() -> None:
         "flower": flower,
         "doctor": doctor,
         "simulate": simulate_command,
-    }.items():
+    }
+    for name, command in commands.items():
         app.command(name)(command)
     for name, sub in {
         "controller": controller_app,

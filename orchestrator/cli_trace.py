@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from modm_tasks.errors import InvalidInputError
 from modm_tasks.output import handle_errors, note, print_json
 
 trace_app = typer.Typer(no_args_is_help=True, help="Workloads.", rich_markup_mode=None)
@@ -15,6 +16,7 @@ Format = Annotated[str | None, typer.Option("--format", help="Trace format; defa
 Prompts = Annotated[Path | None, typer.Option(help="Prompts for traces that have none.")]
 Start = Annotated[int, typer.Option(min=0, help="Rows to pass over.")]
 Number = Annotated[int | None, typer.Option("--num-requests", min=1, help="At most so many rows.")]
+Slice = Annotated[str | None, typer.Option("--slice", help="reference | reference-warm")]
 Skip = Annotated[bool, typer.Option(help="Count malformed rows instead of stopping.")]
 
 
@@ -26,6 +28,7 @@ def inspect(
     prompts: Prompts = None,
     start: Start = 0,
     num_requests: Number = None,
+    slice_name: Slice = None,
     skip_bad_rows: Skip = False,
     embeddings: Annotated[Path | None, typer.Option(help=".npy of unit text vectors, row for row.")] = None,
     embedder: Annotated[str | None, typer.Option(help="Embed the prompts with this instead.")] = None,
@@ -38,11 +41,16 @@ def inspect(
     from orchestrator.traces.vectors import text_vectors
 
     loaded = load_trace(
-        file, format=format, start=start, num_requests=num_requests, prompts=prompts, skip_bad_rows=skip_bad_rows
-    )
+        file, format=format, start=start, num_requests=num_requests, slice_name=slice_name, prompts=prompts,
+        skip_bad_rows=skip_bad_rows,
+    )  # fmt: skip
+    if embeddings is not None and (loaded.skipped or slice_name):
+        raise InvalidInputError("vectors are row for row: they fit neither a slice nor left-out rows", field="embeddings")
     vectors = text_vectors([r.prompt for r in loaded.rows], embeddings=embeddings, embedder=embedder, start=start)
     figures = describe(loaded, vectors)
     if plot is not None:
+        if not plot.absolute().parent.is_dir():
+            raise InvalidInputError(f"no folder {plot.parent}", field="plot")
         plot.write_bytes(rate_plot(loaded))
         note(f"plot: {plot}")
     if json:
@@ -61,19 +69,29 @@ def convert(
     prompts: Prompts = None,
     start: Start = 0,
     num_requests: Number = None,
+    slice_name: Slice = None,
     skip_bad_rows: Skip = False,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Write a trace as JSONL, the format that every tool here reads."""
     from orchestrator.traces.inspect import write_jsonl
-    from orchestrator.traces.load import load_trace
+    from orchestrator.traces.load import stream_trace
 
-    loaded = load_trace(
-        file, format=format, start=start, num_requests=num_requests, prompts=prompts, skip_bad_rows=skip_bad_rows
-    )
-    write_jsonl(loaded.rows, output)
-    if loaded.skipped:
-        note(f"{len(loaded.skipped)} malformed rows left out")
-    typer.echo(f"{len(loaded.rows)} rows in {output}")
+    if not output.absolute().parent.is_dir():
+        raise InvalidInputError(f"no folder {output.parent}", field="output")
+    rows = stream_trace(
+        file, format=format, start=start, num_requests=num_requests, slice_name=slice_name, prompts=prompts,
+        skip_bad_rows=skip_bad_rows,
+    )  # fmt: skip
+    written = write_jsonl(rows, output)
+    for name, count in rows.defaulted.items():
+        note(f"{count} rows have no {name}; filled in")
+    if rows.skipped:
+        note(f"{len(rows.skipped)} malformed rows left out")
+    if json:
+        print_json({"rows": written, "malformed": len(rows.skipped), "defaulted": rows.defaulted, "file": str(output)})
+    else:
+        typer.echo(f"{written} rows in {output}")
 
 
 @trace_app.command()

@@ -90,7 +90,7 @@ def run_trace(target: HttpTarget | DirectTarget, plan: RunPlan, *, shown: Shown,
     with shown(plan.name or policy) as listener:
         replay_plan = ReplayPlan(arrivals_s=arrivals, concurrency=plan.concurrency, fields=fields)
         result = replay(target, counted, replay_plan, listener)
-    moves = [m for m in target.role_moves(started_s) if m.get("old") is not None]
+    moves = [m for m in target.role_moves(started_s) if m.get("old") and m.get("new")]
     report = build_report(
         result.records,
         policy=policy,

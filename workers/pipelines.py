@@ -51,7 +51,7 @@ def load_pair(entry: ModelEntry, options: WorkerSettings, device: torch.device) 
     """Load from folder or hub into host memory. Raises ConfigError or EngineError with one line."""
     if problem := missing_weights(entry):
         raise ConfigError(problem, field="model")
-    # A CPU computes float32 fastest: bfloat16 was 1.3-2 times slower in both bundled models (docs/models.md).
+    # On a CPU bfloat16 gained 14 % with scenes-large and lost 23 % with scenes-small (docs/models.md): not worth its noise.
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, entry.dtype)
     arguments: dict[str, Any] = {"torch_dtype": dtype, **load_arguments(options, dtype)}
     if importlib.util.find_spec("accelerate") is None:

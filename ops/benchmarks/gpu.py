@@ -313,10 +313,10 @@ def _peak_gib(bench: Bench) -> float | None:
 
 
 def _free(bench: Bench) -> None:
-    gc.collect()
     if bench.device == "cuda":
         import torch
 
+        gc.collect()
         torch.cuda.empty_cache()
 
 

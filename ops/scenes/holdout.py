@@ -20,7 +20,7 @@ from ops.scenes.scene import Scene, edit_scene, sample_scene
 DATA = Path(__file__).parent / "data"
 EVAL_PROMPTS = DATA / "eval_prompts.jsonl"
 CHAIN_LENGTH = 5
-EVAL_CHAINS, CALIBRATION_CHAINS, HELD_OUT_COUNT = 100, 60, 100
+EVAL_CHAINS, CALIBRATION_CHAINS, HELD_OUT_COUNT = 100, 50, 60
 
 
 @dataclass(frozen=True)

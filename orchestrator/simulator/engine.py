@@ -40,9 +40,9 @@ class Simulation:
         self.config, self.source, self.concurrency = config, source, concurrency
         self.open = 0
         self.arrivals = [float(t) for t in arrivals_s]
-        n, warm = source.warm + len(self.arrivals), source.warm
+        n, warm = max(source.n, source.warm + len(self.arrivals)), source.warm
         self.now = 0.0
-        self.state = [DONE] * warm + [NEW] * len(self.arrivals)
+        self.state = [DONE] * warm + [NEW] * (n - warm)
         self.cached = bytearray(n)
         self.window_fifo: deque[int] = deque()
         self.depth = [0] * n

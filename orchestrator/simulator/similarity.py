@@ -92,9 +92,9 @@ class StatisticalSimilarities:
         if len(weights) == 0 or weights.sum() <= 0:
             raise InvalidInputError("P(k) needs at least one positive weight", field="k_share")
         rng = np.random.default_rng(seed)
-        levels = np.array([s for s, _ in shares], dtype=np.float32)
+        levels = np.array([s for s, _ in shares], dtype=np.float64)
         drawn = levels[rng.choice(len(levels), size=n, p=weights / weights.sum())]
-        self._similarity = np.where(rng.random(n) < hit_rate, drawn, np.float32(-1.0))
+        self._similarity = np.where(rng.random(n) < hit_rate, drawn, -1.0)
         self.n, self.warm = n + 1, 1
 
     def images(self, i: int) -> Pairs:

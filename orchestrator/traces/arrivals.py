@@ -25,9 +25,10 @@ def arrival_times(
     speed: float = 1.0,
     seed: int = 42,
 ) -> list[float]:
-    """Seconds from the start, not decreasing, [n]. Raises InvalidInputError.
+    """Seconds from the start, [n], row for row. Raises InvalidInputError.
 
-    recorded: the trace's own times over ``speed``. burst: all at 0. poisson: exponential gaps of mean 60 / rate. rising:
+    recorded: the trace's own times from its earliest row on, over ``speed``; decreasing where the rows are not in order
+    of time (`replay` sends by time). The others never decrease. burst: all at 0. poisson: exponential gaps of mean 60 / rate. rising:
     rate climbs by a sigmoid from ``min_rate_per_min`` to ``rate_per_min`` (reference code). fluctuating: see below.
     """
     if kind not in KINDS:
@@ -55,7 +56,7 @@ def _recorded(n: int, recorded: Sequence[float | None] | None, speed: float) -> 
     if len(times) < n or any(t is None for t in times):
         raise InvalidInputError("this trace has no arrival times; choose other --arrivals", field="arrivals")
     known = np.array([t for t in times if t is not None])
-    return list(((known - known[0]).clip(min=0) / speed).tolist()) if n else []
+    return list(((known - known.min()) / speed).tolist()) if n else []
 
 
 def fluctuating_rate(minute: float, peak_per_min: float, phases: Sequence[float]) -> float:

@@ -6,6 +6,7 @@ import ast
 import csv
 import json
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,16 +14,19 @@ from typing import Any
 
 from modm_tasks.errors import TraceError
 from orchestrator.traces.rows import TraceRow
+from orchestrator.traces.slices import by_category
 
 Items = Iterator[TraceRow | TraceError]
 BATCH_ROWS = 65_536
+GATHER_ROWS = 250_000
 
 
-def diffusiondb(path: Path, *, stop: int | None = None) -> Items:
-    """`metadata.parquet`, by time with file order among equals (stamps have minutes only; facts D1).
+def diffusiondb(path: Path, *, start: int = 0, stop: int | None = None) -> Items:
+    """`metadata.parquet` from row ``start`` on, by time with file order among equals (stamps have minutes only; facts D1).
 
-    Two passes: the first reads the time column alone (16 bytes a row) and finds which rows are wanted, the second streams
-    the text of those. 14 million rows need some 250 MB, not the 10 GB of the whole table.
+    A row without a time comes last, as in the reference. The first pass reads the time column alone (16 bytes a row) and
+    finds the order; each further pass streams the text columns and keeps GATHER_ROWS rows, so that a whole file of any
+    length is read in bounded memory, and a slice in one pass.
     """
     import numpy as np
     import pyarrow as pa
@@ -40,24 +44,38 @@ def diffusiondb(path: Path, *, stop: int | None = None) -> Items:
         for batch in file.iter_batches(BATCH_ROWS, columns=["timestamp"])
     ]
     times = np.concatenate(stamps) if stamps else np.zeros(0, dtype=np.int64)
-    order = np.argsort(times, kind="stable")[:stop]
-    wanted = np.full(len(times), -1, dtype=np.int64)
-    wanted[order] = np.arange(len(order))
+    order = np.argsort(times, kind="stable")
     unit = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}[file.schema_arrow.field("timestamp").type.unit]
-    found: dict[int, TraceRow | TraceError] = {}
     first_s = float(times[order[0]]) / unit if len(order) else 0.0
-    columns = [c for c in ("prompt", "seed", "step", "width", "height", "user_name", "timestamp") if c in names]
-    at = 0
-    for batch in file.iter_batches(BATCH_ROWS, columns=columns):
-        places = wanted[at : at + batch.num_rows]
-        chosen = np.nonzero(places >= 0)[0]
-        for offset, row in zip(chosen, batch.take(pa.array(chosen)).to_pylist(), strict=True):
-            stamp = times[at + offset]
-            arrival = None if stamp == np.iinfo(np.int64).max else max(0.0, float(stamp) / unit - first_s)
-            found[int(places[offset])] = _diffusiondb_row(path.name, at + int(offset) + 1, row, arrival)
-        at += batch.num_rows
-    for place in range(len(order)):
-        yield found.pop(place)
+    columns = [c for c in ("prompt", "seed", "user_name") if c in names]
+    order = order[start:stop]
+    for low in range(0, len(order), GATHER_ROWS):
+        part = order[low : low + GATHER_ROWS]
+        found: dict[int, TraceRow | TraceError] = {}
+        for at, row in _rows_at(file, columns, part):
+            arrival = None if times[at] == np.iinfo(np.int64).max else max(0.0, float(times[at]) / unit - first_s)
+            found[at] = _diffusiondb_row(path.name, at + 1, row, arrival)
+        for at in part.tolist():
+            yield found.pop(at)
+
+
+def _rows_at(file: Any, columns: Sequence[str], places: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(place, row) of the wanted places, in file order. Row groups that hold none of them are not read."""
+    import numpy as np
+    import pyarrow as pa
+
+    wanted = np.sort(places)
+    low = 0
+    for group in range(file.num_row_groups):
+        high = low + file.metadata.row_group(group).num_rows
+        if np.searchsorted(wanted, low) == np.searchsorted(wanted, high):
+            low = high
+            continue
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
+            first, last = np.searchsorted(wanted, [low, low + batch.num_rows])
+            here = wanted[first:last]
+            yield from zip(here.tolist(), batch.take(pa.array(here - low)).to_pylist(), strict=True)
+            low += batch.num_rows
 
 
 def _diffusiondb_row(file: str, number: int, row: dict[str, Any], arrival_s: float | None) -> TraceRow | TraceError:
@@ -69,12 +87,18 @@ def _diffusiondb_row(file: str, number: int, row: dict[str, Any], arrival_s: flo
     )  # fmt: skip
 
 
-def mjhq(path: Path) -> Items:
-    """`meta_data.json`: one object of 30,000 entries in file order; no times."""
+def mjhq(path: Path, *, slice_name: str | None = None, num_requests: int | None = None, warm_up: int = 0) -> Items:
+    """`meta_data.json`: one object of 30,000 entries in file order, or a slice by category (`slices`); no times."""
     data = _json(path)
     if not isinstance(data, dict):
         raise TraceError("must be one JSON object", file=path.name)
-    for number, (image_id, entry) in enumerate(data.items(), 1):
+    entries = list(data.items())
+    places: Sequence[int] = range(len(entries))
+    if slice_name is not None:
+        categories = [str(entry.get("category") if isinstance(entry, dict) else "") for _, entry in entries]
+        places = by_category(categories, slice_name, num_requests, warm_up)
+    for place in places:
+        (image_id, entry), number = entries[place], place + 1
         prompt = entry.get("prompt") if isinstance(entry, dict) else None
         if not isinstance(prompt, str):
             yield TraceError(f"of image {image_id[:40]!r} is missing", file=path.name, row=number, field="prompt")
@@ -88,13 +112,20 @@ def gentd26(path: Path, prompts: Sequence[str], defaulted: dict[str, int]) -> It
     A row asks for n images and becomes n rows of one arrival. Empty fields get the trace's commonest value and are
     counted in ``defaulted``: 25 published rows lack them and are real requests.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = {"gmt_create", "num_images_per_prompt", "num_inference_steps"} - set(reader.fieldnames or ())
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        reader = csv.DictReader(line.replace("\0", "\ufffd") for line in file)
+        try:
+            names = set(reader.fieldnames or ())
+        except csv.Error as error:
+            raise TraceError(f"is not CSV: {error}", file=path.name, row=1) from error
+        missing = {"gmt_create", "num_images_per_prompt", "num_inference_steps"} - names
         if missing:
             raise TraceError("the column is missing", file=path.name, field=min(missing))
         first: datetime | None = None
-        for number, row in enumerate(reader, 2):
+        for number, row in _csv_rows(path.name, reader):
+            if isinstance(row, TraceError):
+                yield row
+                continue
             try:
                 stamp = datetime.strptime(row["gmt_create"] or "", "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC)
             except ValueError:
@@ -104,12 +135,13 @@ def gentd26(path: Path, prompts: Sequence[str], defaulted: dict[str, int]) -> It
             numbers: dict[str, int] = {}
             bad: TraceError | None = None
             for name, default, top in (("num_images_per_prompt", 1, 64), ("num_inference_steps", 30, 1000)):
-                value = _whole(row.get(name) or "")
-                if value is None:
+                text = (row.get(name) or "").strip()
+                value = _whole(text) if text else default
+                if value is None or not 1 <= value <= top:
+                    bad = TraceError(f"must be a whole number from 1 to {top}", file=path.name, row=number, field=name)
+                    break
+                if not text:
                     defaulted[name] = defaulted.get(name, 0) + 1
-                    value = default
-                if not 1 <= value <= top:
-                    bad = TraceError(f"must be 1 to {top}", file=path.name, row=number, field=name)
                 numbers[name] = value
             if bad is not None:
                 yield bad
@@ -124,27 +156,41 @@ def gentd26(path: Path, prompts: Sequence[str], defaulted: dict[str, int]) -> It
                 )
 
 
+def _csv_rows(file: str, reader: csv.DictReader[str]) -> Iterator[tuple[int, dict[str, str | None] | TraceError]]:
+    """Rows with their line numbers; one that is no CSV is an error of its own."""
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield reader.line_num, TraceError(f"is not CSV: {error}", file=file, row=reader.line_num)
+        else:
+            yield reader.line_num, row
+
+
 def katz(path: Path, prompts: Sequence[str]) -> Items:
-    """`diffusion_model_request_trace.json`: a list of requests with times; prompts come from elsewhere."""
+    """`diffusion_model_request_trace.json`: a list of requests, by time (stable); prompts come from elsewhere, in order."""
     data = _json(path)
     if not isinstance(data, list):
         raise TraceError("must be a JSON list", file=path.name)
-    first: float | None = None
+    stamped: list[tuple[float, int, str]] = []
     for number, entry in enumerate(data, 1):
         stamp = _seconds(entry.get("timestamp")) if isinstance(entry, dict) else None
         if stamp is None:
             yield TraceError("must be a time", file=path.name, row=number, field="timestamp")
             continue
-        first = stamp if first is None else first
-        yield TraceRow(
-            prompt=prompts[(number - 1) % len(prompts)], arrival_s=max(0.0, stamp - first),
-            client=str(entry.get("scene_id") or ""), row=number,
-        )  # fmt: skip
+        stamped.append((stamp, number, str(entry.get("scene_id") or "")))
+    del data
+    stamped.sort(key=lambda item: item[0])
+    for place, (stamp, number, scene) in enumerate(stamped):
+        arrival_s = stamp - stamped[0][0]
+        yield TraceRow(prompt=prompts[place % len(prompts)], arrival_s=arrival_s, client=scene, row=number)
 
 
 def diffserve(path: Path, prompts: Sequence[str]) -> Items:
     """Lines ``arrival_ms,content_id``; the id indexes the file of prompts."""
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -161,7 +207,7 @@ def diffserve(path: Path, prompts: Sequence[str]) -> Items:
 
 def vllm_omni(path: Path) -> Items:
     """Lines ``Request(prompt='...', width=..., height=...)``. Parsed as literals; nothing is evaluated."""
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield _omni_row(path.name, number, line.strip())
@@ -169,7 +215,9 @@ def vllm_omni(path: Path) -> Items:
 
 def _omni_row(file: str, number: int, line: str) -> TraceRow | TraceError:
     try:
-        call = ast.parse(line, mode="eval").body
+        with warnings.catch_warnings():  # a prompt with a backslash is the trace's affair, not the user's
+            warnings.simplefilter("ignore")
+            call = ast.parse(line, mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id != "Request":
             return TraceError("must be Request(...)", file=file, row=number)
         values = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
@@ -189,7 +237,7 @@ def _omni_row(file: str, number: int, line: str) -> TraceRow | TraceError:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise TraceError(f"is not JSON: {str(error)[:120]}", file=path.name) from error
 
 
@@ -211,6 +259,8 @@ def _seconds(value: object) -> float | None:
     if isinstance(value, bool) or value is None:
         return None
     if isinstance(value, int | float):
+        if not abs(value) < 1e18:  # not a time; NaN and Infinity end here too
+            return None
         return float(value) / 1000 if value > 1e11 else float(value)
     try:
         stamp = datetime.fromisoformat(str(value))

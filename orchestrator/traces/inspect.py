@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +95,22 @@ def rate_plot(loaded: LoadedTrace) -> bytes:
     return figure(draw)
 
 
-def write_jsonl(rows: Sequence[TraceRow], path: Path) -> None:
-    """Own format, written aside and renamed."""
+def write_jsonl(rows: Iterable[TraceRow], path: Path) -> int:
+    """Own format, written aside and renamed; returns how many rows. ``rows`` may be a stream: nothing is held."""
     aside = path.with_name(f".{path.name}.part")
-    with aside.open("w", encoding="utf-8") as file:
-        for row in rows:
-            fields = {
-                "prompt": row.prompt, "arrival_s": row.arrival_s, "seed": row.seed, "size": row.size,
-                "client": row.client or None, "num_inference_steps": row.num_inference_steps,
-            }  # fmt: skip
-            file.write(json.dumps({k: v for k, v in fields.items() if v is not None}, ensure_ascii=False) + "\n")
-    os.replace(aside, path)
+    written = 0
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            for row in rows:
+                fields = {
+                    "prompt": row.prompt, "arrival_s": row.arrival_s, "seed": row.seed, "size": row.size,
+                    "client": row.client or None, "num_inference_steps": row.num_inference_steps,
+                    "deadline_s": row.deadline_s,
+                }  # fmt: skip
+                file.write(json.dumps({k: v for k, v in fields.items() if v is not None}, ensure_ascii=False) + "\n")
+                written += 1
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    return written

@@ -9,15 +9,14 @@ from pathlib import Path
 
 from modm_tasks.errors import InvalidInputError, TraceError
 from orchestrator.traces.datasets import diffserve, diffusiondb, gentd26, katz, mjhq, vllm_omni
-from orchestrator.traces.rows import LoadedTrace, TraceRow, collect
+from orchestrator.traces.rows import LoadedTrace, TraceRow, TraceStream
+from orchestrator.traces.slices import by_time
 
 Items = Iterator[TraceRow | TraceError]
 FORMATS = ("jsonl", "text", "diffusiondb", "mjhq", "gentd26", "katz", "diffserve", "vllm-omni")
 #: Formats without prompt text, which have to be joined with a file of prompts.
 NEED_PROMPTS = frozenset({"gentd26", "katz", "diffserve"})
-#: The reference's rows of DiffusionDB: 50,000 and on, by time (facts, section C). ``warm`` are the 10,000 before them.
-SLICES = {"reference": (50_000, None), "reference-warm": (40_000, 10_000)}
-FIELDS = frozenset({"prompt", "arrival_s", "seed", "size", "client", "num_inference_steps"})
+FIELDS = frozenset({"prompt", "arrival_s", "seed", "size", "client", "num_inference_steps", "deadline_s"})
 
 
 def detect_format(path: Path) -> str:
@@ -55,19 +54,43 @@ def load_trace(
     slice_name: str | None = None,
     prompts: Path | None = None,
     skip_bad_rows: bool = False,
+    warm_up: int = 0,
 ) -> LoadedTrace:
-    """Read a trace. Raises TraceError that names file, row and field, or InvalidInputError for a bad option."""
+    """Read a trace. Raises TraceError that names file, row and field, or InvalidInputError for a bad option.
+
+    The first ``warm_up`` of ``num_requests`` rows are for warming up: a named slice then begins that much earlier.
+    """
+    stream = stream_trace(
+        path, format=format, start=start, num_requests=num_requests, slice_name=slice_name, prompts=prompts,
+        skip_bad_rows=skip_bad_rows, warm_up=warm_up,
+    )  # fmt: skip
+    rows = tuple(stream)
+    return LoadedTrace(rows=rows, format=stream.format, skipped=tuple(stream.skipped), defaulted=stream.defaulted)
+
+
+def stream_trace(
+    path: Path,
+    *,
+    format: str | None = None,
+    start: int = 0,
+    num_requests: int | None = None,
+    slice_name: str | None = None,
+    prompts: Path | None = None,
+    skip_bad_rows: bool = False,
+    warm_up: int = 0,
+) -> TraceStream:
+    """As `load_trace`, one row at a time: for traces that should not be held in memory."""
     if not path.is_file():
         raise TraceError("there is no such file", file=str(path))
     name = format or detect_format(path)
     if name not in FORMATS:
         raise InvalidInputError(f"unknown trace format {name!r}; there are {', '.join(FORMATS)}", field="format")
-    if slice_name is not None:
-        if slice_name not in SLICES:
-            raise InvalidInputError(f"unknown slice {slice_name!r}; there are {', '.join(SLICES)}", field="slice")
-        first, length = SLICES[slice_name]
-        start += first
-        num_requests = length if num_requests is None else num_requests
+    first, count = by_time(slice_name, start, num_requests, warm_up)
+    begun = 0  # rows that the loader itself passes over
+    if name == "mjhq" and slice_name is not None:
+        first, count = start, None
+    elif name == "diffusiondb":
+        begun = first
     if name in NEED_PROMPTS and prompts is None:
         raise InvalidInputError(f"a {name} trace has no prompt text: give --prompts FILE", field="prompts")
     texts = read_prompts(prompts) if prompts is not None else ()
@@ -75,17 +98,16 @@ def load_trace(
     parsers: dict[str, Callable[[], Items]] = {
         "jsonl": partial(_jsonl, path),
         "text": partial(_text, path),
-        "diffusiondb": partial(diffusiondb, path, stop=None if num_requests is None else start + num_requests),
-        "mjhq": partial(mjhq, path),
+        "diffusiondb": partial(diffusiondb, path, start=first, stop=None if count is None else first + count),
+        "mjhq": partial(mjhq, path, slice_name=slice_name, num_requests=num_requests, warm_up=warm_up),
         "gentd26": partial(gentd26, path, texts, defaulted),
         "katz": partial(katz, path, texts),
         "diffserve": partial(diffserve, path, texts),
         "vllm-omni": partial(vllm_omni, path),
     }
-    return collect(
-        parsers[name], path, name, start=start, num_requests=num_requests, skip_bad_rows=skip_bad_rows,
-        defaulted=defaulted,
-    )  # fmt: skip
+    return TraceStream(
+        parsers[name], path, name, first=first, begun=begun, count=count, skip_bad_rows=skip_bad_rows, defaulted=defaulted
+    )
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -120,7 +142,7 @@ def _jsonl(path: Path) -> Items:
 def _json_row(file: str, number: int, line: str) -> TraceRow | TraceError:
     try:
         data = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return TraceError(f"is not JSON: {error}", file=file, row=number)
     if not isinstance(data, dict):
         return TraceError("must be a JSON object", file=file, row=number)
@@ -128,7 +150,7 @@ def _json_row(file: str, number: int, line: str) -> TraceRow | TraceError:
         return TraceError("is missing", file=file, row=number, field="prompt")
     kinds: dict[str, tuple[type, ...]] = {
         "prompt": (str,), "arrival_s": (int, float), "seed": (int,), "size": (str,), "client": (str,),
-        "num_inference_steps": (int,),
+        "num_inference_steps": (int,), "deadline_s": (int, float),
     }  # fmt: skip
     for name, kind in kinds.items():
         value = data.get(name)

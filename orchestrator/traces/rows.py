@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,7 @@ from modm_tasks.errors import TraceError
 from modm_tasks.messages import SubmitRequest
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TraceRow:
     """One request. ``arrival_s`` counts from the start of the trace; None where the file has no times."""
 
@@ -23,6 +23,7 @@ class TraceRow:
     size: str | None = None
     client: str = ""
     num_inference_steps: int | None = None
+    deadline_s: float | None = None
     row: int = 0
 
     def request(self, **more: object) -> SubmitRequest:
@@ -33,6 +34,7 @@ class TraceRow:
             "size": self.size,
             "client": self.client,
             "num_inference_steps": self.num_inference_steps,
+            "deadline_s": self.deadline_s,
         }
         return SubmitRequest.model_validate(fields | more)
 
@@ -69,38 +71,46 @@ def check(row: TraceRow, file: str) -> TraceRow:
     return row
 
 
-def collect(
-    parse: Callable[[], Iterator[TraceRow | TraceError]],
-    path: Path,
-    format_name: str,
-    *,
-    start: int,
-    num_requests: int | None,
-    skip_bad_rows: bool,
-    defaulted: dict[str, int] | None = None,
-) -> LoadedTrace:
-    """Check and slice a stream of rows. A bad row ends the load with its error, or is noted and left out."""
-    rows: list[TraceRow] = []
-    skipped: list[BadRow] = []
-    stop = None if num_requests is None else start + num_requests
-    for item in islice(_checked(parse(), path.name), start, stop):
-        if isinstance(item, TraceError):
-            if not skip_bad_rows:
-                raise item
-            skipped.append(BadRow(row=item.row or 0, field=item.field, reason=item.reason))
-        else:
-            rows.append(item)
-    if not rows:
-        raise TraceError(f"no rows from row {start + 1} on", file=path.name)
-    return LoadedTrace(rows=tuple(rows), format=format_name, skipped=tuple(skipped), defaulted=defaulted or {})
+class TraceStream:
+    """Rows one by one, checked and sliced; what was left out is in ``skipped`` once they have been read.
 
+    A bad row ends the stream with its error, or with ``skip_bad_rows`` is noted and left out. A stream without any row
+    is an error too. ``first`` is the first row wanted, of which ``parse`` passes over ``begun`` by itself.
+    """
 
-def _checked(items: Iterable[TraceRow | TraceError], file: str) -> Iterator[TraceRow | TraceError]:
-    for item in items:
-        if isinstance(item, TraceRow):
+    def __init__(
+        self,
+        parse: Callable[[], Iterator[TraceRow | TraceError]],
+        path: Path,
+        format: str,
+        *,
+        first: int,
+        begun: int,
+        count: int | None,
+        skip_bad_rows: bool,
+        defaulted: dict[str, int],
+    ) -> None:
+        self.format, self.defaulted = format, defaulted
+        self.skipped: list[BadRow] = []
+        self._parse, self._file, self._skip = parse, path.name, skip_bad_rows
+        self._first, self._begun, self._count = first, begun, count
+
+    def __iter__(self) -> Iterator[TraceRow]:
+        self.skipped.clear()
+        self.defaulted.clear()
+        any_row = False
+        low = self._first - self._begun
+        for item in islice(self._parse(), low, None if self._count is None else low + self._count):
             try:
-                yield check(item, file)
+                if isinstance(item, TraceError):
+                    raise item
+                row = check(item, self._file)
             except TraceError as error:
-                yield error
-        else:
-            yield item
+                if not self._skip:
+                    raise
+                self.skipped.append(BadRow(row=error.row or 0, field=error.field, reason=error.reason))
+                continue
+            any_row = True
+            yield row
+        if not any_row:
+            raise TraceError(f"no rows from row {self._first + 1} on", file=self._file)

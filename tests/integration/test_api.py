@@ -169,7 +169,8 @@ def test_status_health_and_metrics(http: httpx.Client) -> None:
     assert len(status["workers"]) == 2
     assert status["window"]["done"] >= 1
     text = http.get("/metrics").text
-    for name in ("modm_hit_rate", "modm_queue_depth", "modm_latency_seconds_bucket", "modm_workers_ready 2.0", "modm_up 1.0"):
+    names = ("modm_hit_rate", "modm_queue_depth", "modm_latency_seconds_bucket", "modm_workers_ready 2.0", "modm_up 1.0")
+    for name in names:
         assert name in text
     assert "mill" not in text  # no prompts in metrics
     assert http.get("/openapi.json").json()["info"]["title"] == "MoDM serving"
@@ -177,7 +178,8 @@ def test_status_health_and_metrics(http: httpx.Client) -> None:
 
 def test_prompts_that_arrive_together_are_all_served(http: httpx.Client) -> None:
     with ThreadPoolExecutor(16) as pool:
-        ids = list(pool.map(lambda i: submit(http, f"together {i}", namespace="tog", policy="modm-plus")["id"], range(40)))
+        fields = {"namespace": "tog", "policy": "modm-plus"}
+        ids = list(pool.map(lambda i: submit(http, f"together {i}", **fields)["id"], range(40)))
     records = [finish(http, i) for i in ids]
     assert {r["state"] for r in records} == {"done"}
     assert len({r["completion"]["uri"] for r in records}) == 40
@@ -185,7 +187,8 @@ def test_prompts_that_arrive_together_are_all_served(http: httpx.Client) -> None
 
 def test_in_flight_reuse_waits_and_then_refines(module_stack: TestStack, http: httpx.Client) -> None:
     """Copies of one unseen prompt at once: the first is drawn, the others wait for it instead of drawing it again."""
-    ids = [submit(http, "a striped lighthouse far away", namespace="fl", features="inflight,late-binding")["id"] for _ in range(6)]
+    fields = {"namespace": "fl", "features": "inflight,late-binding"}
+    ids = [submit(http, "a striped lighthouse far away", **fields)["id"] for _ in range(6)]
     records = [finish(http, i) for i in ids]
     drawn = [r for r in records if r["decision"]["route"] == "large-gen"]
     assert len(drawn) < 6

@@ -5,12 +5,20 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from modm_tasks.cluster import DesiredRole, RoleMove
-from modm_tasks.errors import ConflictError, InvalidInputError, LeaseLostError, NotFoundError, RefusedError, UnavailableError
+from modm_tasks.errors import (
+    ConflictError,
+    InvalidInputError,
+    LeaseLostError,
+    NotFoundError,
+    RefusedError,
+    UnavailableError,
+)
 from modm_tasks.ledger import Ledger
 from modm_tasks.ledger_states import MOVES, OPEN, allowed
 from modm_tasks.messages import FINAL, Completion, Decision, Route, State, SubmitRequest, WorkerStatus, new_request_id
@@ -21,8 +29,9 @@ MISS = Decision(route=Route.LARGE_GEN, policy="modm", reason="miss")
 
 
 def hit(source: str = "s", k: int = 10) -> Decision:
+    uri = f"{source}.png"
     return Decision(
-        route=Route.SMALL_REFINE, policy="modm", skipped_steps=k, source_id=source, source_uri=f"{source}.png", similarity=0.9
+        route=Route.SMALL_REFINE, policy="modm", skipped_steps=k, source_id=source, source_uri=uri, similarity=0.9
     )
 
 
@@ -294,7 +303,7 @@ def test_random_walks_keep_every_index_true(ledger: Ledger, seed: int) -> None:
     assert ready == by_state[State.QUEUED]
     for i in ids:
         states = [State(s) for _, s, _ in ledger.log(i)]
-        assert all(allowed(a, b) for a, b in zip(states, states[1:], strict=False)), states
+        assert all(allowed(a, b) for a, b in pairwise(states)), states
     quotas = {c: int(n) for c, n in ledger.redis.hgetall(f"{ledger.prefix}client_open").items()}
     expected: dict[str, int] = {}
     for r in records.values():

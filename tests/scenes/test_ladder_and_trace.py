@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -22,7 +23,7 @@ def test_the_shipped_ladder_is_a_ladder() -> None:
     assert (ladder["embedder"], ladder["refiner"], ladder["large"]) == ("scenes-clip", "scenes-small", "scenes-large")
     rungs = ladder["rungs"]
     assert rungs
-    for upper, lower in zip(rungs[:-1], rungs[1:], strict=True):
+    for upper, lower in itertools.pairwise(rungs):
         assert upper["min_similarity"] > lower["min_similarity"]
         assert upper["skipped_steps"] > lower["skipped_steps"]
     assert all(0 < r["skipped_steps"] < ladder["num_inference_steps"] for r in rungs)

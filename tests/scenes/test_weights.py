@@ -34,7 +34,7 @@ def test_a_folder_loads_plainly_and_draws_and_refines(name: str) -> None:
         "guidance_scale": settings["guidance_scale"],
         "max_sequence_length": settings["max_sequence_length"],
     }
-    text = AutoPipelineForText2Image.from_pretrained(str(DIFFUSION_FOLDER / name), torch_dtype=torch.float32)
+    text = AutoPipelineForText2Image.from_pretrained(str(DIFFUSION_FOLDER / name)).to(torch.float32)
     text.set_progress_bar_config(disable=True)
     drawn = text(**call, height=64, width=64, generator=torch.Generator().manual_seed(0)).images
     assert drawn[0].size == (64, 64)

@@ -67,7 +67,7 @@ class TestStack:
     def ready_workers(self) -> int:
         answer = self.get("/v1/workers")
         rows = answer["workers"] if isinstance(answer, dict) else answer
-        return len(rows)
+        return sum(1 for row in rows if row.get("ready", True))
 
 
 def start_stack(

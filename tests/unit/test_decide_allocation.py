@@ -76,26 +76,22 @@ def test_pid_first_steps_by_hand() -> None:
     assert two.current == pytest.approx(3.053333, abs=1e-6)
 
 
-def settle(policy: str, s: ClusterSnapshot, target: int, periods: int = 25) -> tuple[list[int], int]:
-    """(number of large workers after each period, periods until it stays within one of the target)."""
-    state, n, seen = None, s.n_large, []
-    for i in range(periods):
-        now = s.__class__(**{**s.to_json(), "n_large": n, "now_s": i * s.period_s})
-        choice, state = allocate(policy, now, state)
-        n = choice.n_large
-        seen.append(n)
-    late = [i for i, value in enumerate(seen) if abs(value - target) > 1]
-    return seen, (late[-1] + 2 if late else 1)
-
-
 def test_pid_overshoots_to_one_at_step_four_and_needs_about_ten_periods() -> None:
     # H such that equation 12 asks for 4 of 16: 3 (1 - H) = H * 0.5 * 16.5 / 91.5.
     hit = 3 / (3 + 0.5 * 16.5 / 91.5)
     s = snapshot(n_workers=16, n_large=16, large_s=91.5, small_s=16.5, arrivals_per_min=90.0, hit_rate=hit)
     assert paper.throughput_target(s) == 4
-    seen, periods = settle("modm-throughput", s, 4)
-    assert seen[:4] == [7, 3, 2, 1]
-    assert 8 <= periods <= 12
+    state: PolicyState | None = None
+    large, exact = [], []
+    for _ in range(14):
+        choice, state = allocate("modm-throughput", s, state)
+        large.append(choice.n_large)
+        exact.append(state.current or 0.0)
+    assert large[:4] == [7, 3, 2, 1]
+    assert large[9:] == [4] * 5
+    within = [abs(value - 4) <= 1 for value in exact]
+    assert within.index(True, 4) == 8  # the ninth period; it passed 3.05 on its way down to 1.35
+    assert all(within[8:])
 
 
 def test_pid_up_from_four_overshoots_to_all_sixteen() -> None:

@@ -11,7 +11,14 @@ import pytest
 from PIL import Image
 
 from modm_tasks.errors import ConfigError, InvalidInputError
-from vector_store.embedder import HashEmbedder, decode_vector, embedder_identity, encode_vector, load_embedder, split_name
+from vector_store.embedder import (
+    HashEmbedder,
+    decode_vector,
+    embedder_identity,
+    encode_vector,
+    load_embedder,
+    split_name,
+)
 
 
 @pytest.mark.parametrize("name", ["fake", "scenes-clip", "ViT-L-14/openai", "hf-hub:laion/CLIP-ViT-B-32"])

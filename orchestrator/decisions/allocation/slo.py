@@ -1,6 +1,6 @@
 """Our allocation: try every number of large workers, predict which breaks the fewest SLOs, take the best.
 
-The prediction is closed form, a fluid queue for each class over one horizon (the longer of period and SLO):
+The prediction is closed form, a fluid queue for each class over one horizon (four times the longer of period and SLO):
 
 * misses load ``a_m = rate (1-H) L / 60`` workers, hits ``a_h = rate H S F / 60``; with roles a large worker without a
   miss refines hits at the large model's speed (equation 9), pooled workers help both ways at no loss;
@@ -32,6 +32,8 @@ EQUAL_SHARE = 0.005
 #: STAY_WORKERS or STAY_SHARE of the workers.
 STAY_GAIN, STAY_WORKERS, STAY_SHARE = 0.02, 1, 0.03
 KEPT_CANDIDATES = 33
+NOTHING = 1e-6
+HORIZON = 4.0
 #: Moments of the horizon at which arrivals are looked at, as shares of it.
 MOMENTS = tuple((i + 0.5) / 6 for i in range(6))
 
@@ -67,6 +69,14 @@ def loads(s: ClusterSnapshot) -> tuple[Load, Load]:
     return miss, hit
 
 
+def horizon(s: ClusterSnapshot) -> float:
+    """Seconds over which breaks are counted: HORIZON times the longer of period and SLO.
+
+    Within one SLO a queue that grows breaks nothing yet, so a shorter look would find an overloaded class harmless.
+    """
+    return HORIZON * max(s.period_s, s.slo_s or 2 * s.large_s)
+
+
 def need_large(s: ClusterSnapshot) -> int:
     """The floor: what the misses need. Where all workers together carry less than the load, their share of the work."""
     miss, hit = loads(s)
@@ -97,14 +107,14 @@ def breaks(load: Load, capacity: Floats, horizon_s: float) -> Floats:
         return np.full_like(capacity, arrivals + queued)
     c = np.maximum(capacity, 1e-9)
     lost = np.zeros_like(c)
-    if queued > 0:
+    if queued > NOTHING:
         # At the share f of the queue: wait f B/c plus age (1 - f) oldest, against what is allowed.
         slope, room = load.backlog_s / c - load.oldest_s, load.allowed_s - load.oldest_s
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             at = np.clip(np.where(slope == 0, 0.0, room / slope), 0.0, 1.0)
         share = np.where(slope > 0, 1 - at, np.where(slope < 0, at, float(room < 0)))
         lost = lost + queued * share
-    if arrivals > 0:
+    if arrivals > NOTHING:
         lost = lost + arrivals * np.mean([_late(load, c, t * horizon_s) for t in MOMENTS], axis=0)
     return lost
 
@@ -117,15 +127,28 @@ def _late(load: Load, c: Floats, t_s: float) -> Floats:
     """
     drift, variance = load.workers - c, load.workers * load.service_s
     limit, spread = load.allowed_s * c, math.sqrt(variance * t_s)
-    above = _normal((load.backlog_s - limit + drift * t_s) / spread)
-    mirrored = np.log(_normal((-load.backlog_s - limit - drift * t_s) / spread)) + 2 * drift * limit / variance
+    above = np.exp(_log_normal((load.backlog_s - limit + drift * t_s) / spread))
+    mirrored = _log_normal((-load.backlog_s - limit - drift * t_s) / spread) + 2 * drift * limit / variance
     return np.asarray(np.minimum(1.0, above + np.exp(np.minimum(0.0, mirrored))))
 
 
-def _normal(x: Floats) -> Floats:
-    """Cumulative normal distribution by a logistic approximation, error below 2e-4."""
-    x = np.clip(x, -8.0, 8.0)
-    return np.asarray(1 / (1 + np.exp(-1.5976 * x - 0.070566 * x**3)))
+def _log_normal(x: Floats) -> Floats:
+    """Logarithm of the cumulative normal distribution: a logistic approximation (error 2e-4), its asymptote below -5."""
+    near, far = np.clip(x, -5.0, 8.0), np.minimum(x, -5.0)
+    return np.asarray(
+        np.where(
+            x > -5.0,
+            -np.log1p(np.exp(-1.5976 * near - 0.070566 * near**3)),
+            -(far**2) / 2 - np.log(-far) - 0.5 * math.log(2 * math.pi),
+        )
+    )
+
+
+def carries(s: ClusterSnapshot, n: Floats) -> NDArray[np.bool_]:
+    """Whether both classes' arrivals are carried for good. One that grows slowly breaks nothing within the horizon."""
+    miss, hit = loads(s)
+    large, small = capacities(s, n, horizon(s))
+    return np.asarray((large >= miss.workers - 1e-9) & (small >= hit.workers - 1e-9))
 
 
 def score(s: ClusterSnapshot) -> tuple[Floats, Floats, Floats]:
@@ -134,7 +157,7 @@ def score(s: ClusterSnapshot) -> tuple[Floats, Floats, Floats]:
     Quality: with roles, the share of workers that are large, as idle ones then refine hits with the large model. Pooled
     workers draw the same whatever their order, so nearness to the share of the misses' work decides (fewest detours).
     """
-    horizon_s = max(s.period_s, s.slo_s or 2 * s.large_s)
+    horizon_s = horizon(s)
     n = np.arange(need_large(s), s.n_workers + 1, dtype=np.float64)
     miss, hit = loads(s)
     large, small = capacities(s, n, horizon_s)
@@ -147,9 +170,12 @@ def score(s: ClusterSnapshot) -> tuple[Floats, Floats, Floats]:
 def allocate(s: ClusterSnapshot, state: PolicyState) -> tuple[Allocation, PolicyState]:
     """The policy `slo`. See the module's text."""
     n, lost, quality = score(s)
-    horizon_s = max(s.period_s, s.slo_s or 2 * s.large_s)
+    horizon_s = horizon(s)
     requests = s.rate_per_min / 60 * horizon_s + s.backlog_large + s.backlog_small
-    near = lost <= lost.min() + EQUAL_SHARE * requests + 1e-9
+    sound = carries(s, n)
+    if not sound.any():
+        sound = np.ones_like(sound)
+    near = sound & (lost <= lost[sound].min() + EQUAL_SHARE * requests + 1e-9)
     best = int(np.flatnonzero(near)[np.argmax(quality[near])])
     target = int(n[best])
     chosen, why = _held_back(s, state, target, n, lost, requests)

@@ -1,0 +1,213 @@
+"""One claim from start to finish, in this process: the fake engine, a real ledger and a real image store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from modm_tasks.errors import EngineError, InvalidInputError, OutOfMemoryError
+from modm_tasks.image_store import ImageStore
+from modm_tasks.ledger import Ledger
+from modm_tasks.messages import Decision, RequestRecord, Route, State, SubmitRequest, new_request_id
+from modm_tasks.settings import WorkerSettings
+from tests.conftest import SettingsFactory
+from vector_store.embedder import decode_vector, load_embedder
+from workers.engine import Drawn, GenerateParams
+from workers.lease import Lease
+from workers.runtime import Runtime
+from workers.serve import UNWELL, serve_one
+from workers.testing import FakeEngine
+
+LARGE, SMALL = "large-gen", "small-refine"
+
+
+class Troubled(FakeEngine):
+    """A fake engine whose next draws and probes raise what they are told to."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.draws: list[Exception | None] = []
+        self.ill: EngineError | None = None
+        self.freed = 0
+
+    def _run(self, params: GenerateParams, start: int) -> Drawn:
+        error = self.draws.pop(0) if self.draws else None
+        if error is not None:
+            raise error
+        return super()._run(params, start)
+
+    def free(self) -> None:
+        self.freed += 1
+
+    def probe(self, model: str) -> None:
+        if self.ill is not None:
+            raise self.ill
+
+
+@pytest.fixture
+def runtime(settings: SettingsFactory) -> Iterator[Runtime]:
+    worker = WorkerSettings(engine="fake", fake_large_s=0.05, fake_small_s=0.02, lease_s=5.0, mode="pooled")
+    chosen = settings(worker=worker, embedder="fake")
+    engine = Troubled(chosen)
+    engine.load([chosen.large_model, chosen.small_model])
+    made = Runtime(
+        chosen,
+        worker="gpu0@test",
+        engine=engine,
+        embedder=load_embedder("fake"),
+        store=ImageStore(chosen.image_root),
+        ledger=Ledger.from_settings(chosen),
+    )
+    yield made
+    made.ledger.redis.close()
+
+
+def engine_of(runtime: Runtime) -> Troubled:
+    assert isinstance(runtime.engine, Troubled)
+    return runtime.engine
+
+
+def submit(runtime: Runtime, decision: Decision | None = None, **request: Any) -> str:
+    request_id = new_request_id()
+    runtime.ledger.accept(request_id, SubmitRequest(**({"prompt": "a red fox"} | request)))
+    assert runtime.ledger.route(request_id, decision or Decision(route=Route.LARGE_GEN, policy="test"))
+    return request_id
+
+
+def served(runtime: Runtime, request_id: str, queue: str = LARGE) -> RequestRecord:
+    assert serve_one(runtime, queue)["served"] == request_id
+    return runtime.ledger.get(request_id)
+
+
+def test_a_token_that_finds_nothing_ends(runtime: Runtime) -> None:
+    assert serve_one(runtime, LARGE)["served"] is None
+
+
+def test_the_ledgers_order_counts_not_the_tokens(runtime: Runtime) -> None:
+    late, early = submit(runtime), submit(runtime)
+    runtime.ledger.route(early, Decision(route=Route.LARGE_GEN, policy="t"), expected=State.QUEUED, rank=1.0)
+    assert serve_one(runtime, LARGE)["served"] == early
+    assert serve_one(runtime, LARGE)["served"] == late
+
+
+def test_a_miss_is_published_with_its_vector(runtime: Runtime) -> None:
+    request_id = submit(runtime, size="32x48", seed=5)
+    record = served(runtime, request_id)
+    assert record.state is State.DONE
+    assert record.completion is not None
+    assert (record.completion.width, record.completion.height, record.completion.seed) == (32, 48, 5)
+    assert record.completion.bytes == len(runtime.store.read_bytes(record.completion.uri))
+    vector = decode_vector(runtime.ledger.field(request_id, "ivec") or "")
+    assert float(vector @ runtime.embedder.embed_texts(["a red fox"])[0]) == pytest.approx(1.0, abs=1e-5)
+    assert record.step == 0 or record.step <= 50
+
+
+def test_out_of_memory_is_freed_and_tried_once_more(runtime: Runtime) -> None:
+    engine_of(runtime).draws = [OutOfMemoryError("no room")]
+    assert served(runtime, submit(runtime)).state is State.DONE
+    assert engine_of(runtime).freed == 1
+    assert runtime.unwell is None
+
+
+def test_a_request_that_is_too_big_ends_and_the_worker_stays_well(runtime: Runtime) -> None:
+    request_id = submit(runtime)
+    for attempt in range(1, runtime.settings.worker.max_attempts + 1):
+        engine_of(runtime).draws = [OutOfMemoryError("no room")] * 2
+        record = served(runtime, request_id)
+        assert record.attempt == attempt
+    assert record.state is State.FAILED
+    assert runtime.unwell is None
+
+
+def test_a_device_that_cannot_draw_at_all_is_unwell_until_it_can(runtime: Runtime) -> None:
+    engine = engine_of(runtime)
+    engine.draws, engine.ill = [OutOfMemoryError("no room")] * 2, OutOfMemoryError("not even one step")
+    request_id = submit(runtime)
+    out = serve_one(runtime, LARGE)
+    assert out["waits_in"] == LARGE, "another worker needs a token for it"
+    assert runtime.unwell == "not even one step"
+    assert serve_one(runtime, LARGE)["outcome"] == UNWELL
+    assert runtime.ledger.get(request_id).state is State.QUEUED
+    engine.ill = None
+    assert served(runtime, request_id).state is State.DONE
+    assert runtime.unwell is None
+
+
+def test_a_request_that_is_wrong_in_itself_is_not_tried_again(runtime: Runtime) -> None:
+    engine_of(runtime).draws = [InvalidInputError("no such thing")]
+    record = served(runtime, submit(runtime))
+    assert (record.state, record.attempt, record.error) == (State.FAILED, 1, "no such thing")
+
+
+def test_a_bug_is_reported_to_the_ledger_before_it_is_raised(runtime: Runtime) -> None:
+    engine_of(runtime).draws = [ZeroDivisionError("a bug")]
+    request_id = submit(runtime)
+    with pytest.raises(ZeroDivisionError):
+        serve_one(runtime, LARGE)
+    record = runtime.ledger.get(request_id)
+    assert record.state is State.QUEUED
+    assert "a bug" in (record.error or "")
+
+
+def test_an_interrupted_worker_gives_its_request_back_uncounted(runtime: Runtime) -> None:
+    engine_of(runtime).draws = [SystemExit()]  # type: ignore[list-item]
+    request_id = submit(runtime)
+    with pytest.raises(SystemExit):
+        serve_one(runtime, LARGE)
+    assert runtime.ledger.get(request_id).state is State.QUEUED
+    assert runtime.ledger.field(request_id, "tries") == "0"
+
+
+def test_a_lost_lease_ends_the_run_and_leaves_no_file(runtime: Runtime) -> None:
+    request_id = submit(runtime)
+    running = runtime.ledger.redis
+    key = f"{runtime.settings.redis_prefix}req:{request_id}"
+    draw = engine_of(runtime)._run
+
+    def stolen(params: GenerateParams, start: int) -> Drawn:
+        running.hincrby(key, "attempt", 1)  # another attempt has taken it over meanwhile
+        return draw(params, start)
+
+    engine_of(runtime)._run = stolen  # type: ignore[method-assign]
+    out = serve_one(runtime, LARGE)
+    assert "lease lost" in out["outcome"]
+    assert list(runtime.store.list()) == []
+    assert runtime.ledger.get(request_id).state is State.RUNNING
+
+
+def test_a_drawing_that_takes_too_long_is_stopped_at_a_step(runtime: Runtime) -> None:
+    request_id = submit(runtime)
+    record = runtime.ledger.claim(LARGE, "w", lease_s=5)
+    assert record is not None
+    with (
+        Lease(runtime.ledger, request_id, record.attempt, lease_s=5, limit_s=0.0) as lease,
+        pytest.raises(EngineError, match="task_time_limit_s"),
+    ):
+        lease.on_step(1, 50)
+
+
+def test_the_small_model_draws_a_hit_from_its_source(runtime: Runtime) -> None:
+    source = new_request_id()
+    uri, _ = runtime.store.write(source, 1, Image.new("RGB", (48, 32), "blue"))
+    hit = Decision(
+        route=Route.SMALL_REFINE, policy="t", skipped_steps=15, source_id=source, source_uri=uri, source_depth=1
+    )
+    record = served(runtime, submit(runtime, hit), SMALL)
+    assert record.completion is not None
+    assert (record.completion.steps_run, record.completion.skipped_steps, record.completion.depth) == (35, 15, 2)
+    assert (record.completion.width, record.completion.height) == (48, 32), "the source's own size"
+
+
+def test_status_says_who_is_ready(runtime: Runtime) -> None:
+    runtime.start()
+    try:
+        (status,) = runtime.ledger.workers()
+        assert (status.worker, status.gpu, status.device) == ("gpu0@test", "0", "fake")
+        assert status.models == ("scenes-large", "scenes-small")
+        assert status.rss_mib > 1
+    finally:
+        runtime.stop()
+    assert runtime.ledger.workers() == []

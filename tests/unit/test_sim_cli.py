@@ -1,0 +1,134 @@
+"""`modm simulate` and `modm bench`, as a user calls them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from modm_tasks.errors import InvalidInputError, NotFoundError
+from orchestrator.cli_bench import bench_app
+from orchestrator.cli_simulate import simulate_command
+from orchestrator.simulator.profiles import FOLDER, load_profile
+
+app = typer.Typer()
+app.command("simulate")(simulate_command)
+app.add_typer(bench_app, name="bench")
+LADDER = ".95:30,.90:25,.85:15,.80:10,.75:5"
+
+
+@pytest.fixture(scope="module")
+def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(3)
+    centres = rng.normal(size=(40, 16))
+    rows = centres[rng.integers(0, 40, 300)] + 0.2 * rng.normal(size=(300, 16))
+    path = tmp_path_factory.mktemp("vectors") / "rows.npy"
+    np.save(path, rows.astype(np.float16))
+    return path
+
+
+def call(*args: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_one_liner(embeddings: Path) -> None:
+    code, out, _ = call(
+        *("simulate", "--embeddings", embeddings, "--ladder", LADDER, "--warm-cache", 100, "--gpus", 4),
+        *("--large-s", 60, "--small-s", 11, "--arrivals", "poisson", "--rate-per-min", 10, "--seed", 42),
+        *("--policy", "modm", "--workers", "pooled", "--json"),
+    )
+    assert code == 0
+    report = json.loads(out)
+    assert report["requests"]["done"] == 200
+    assert {"policy", "hit_rate", "skipped_steps", "served_per_min", "latency_s", "queue_wait_s", "slo", "refined_by",
+            "role_moves", "machine", "settings"} <= set(report)  # fmt: skip
+    assert set(report["latency_s"]) == {"mean", "p50", "p95", "p99"}
+
+
+def test_profiles_features_recorded_arrivals_and_a_report_folder(embeddings: Path, tmp_path: Path) -> None:
+    times = tmp_path / "times.jsonl"
+    times.write_text("".join(json.dumps({"arrival_s": 3.0 * i + 100}) + "\n" for i in range(50)))
+    code, out, _ = call(
+        *("simulate", "--profile", "mi210", "--large", "sd3.5-large", "--small", "sana", "--embeddings", embeddings),
+        *("--ladder", LADDER, "--warm-cache", 100, "--arrivals", "recorded", "--arrivals-file", times),
+        *("--with", "inflight,late-binding", "--workers", "roles", "--period-s", 30, "--report", tmp_path / "out"),
+    )
+    assert code == 0
+    assert "done=50" in out
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert written["machine"]["small_s"] == 6.5
+    assert written["features"] == ["inflight", "late-binding"]
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"per_minute.csv", "per_request.csv", "controller.csv", "latency_cdf.png", "roles.png", "queue.png"} <= names
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--embeddings", "none.npy", "--large-s", 1, "--small-s", 1), "none.npy"),
+        (("--large-s", 1, "--small-s", 1, "--rate-per-min", 1), "--embeddings or --hit-rate"),
+        (("--hit-rate", 0.5, "--num-requests", 5, "--rate-per-min", 1), "--profile"),
+        (("--hit-rate", 0.5, "--num-requests", 5, "--profile", "flux", "--large", "flux.1-dev"), "unmeasured"),
+        (("--hit-rate", 0.5, "--num-requests", 5, "--profile", "h999"), "mi210"),
+        (("--hit-rate", 0.5, "--num-requests", 5, "--profile", "a40"), "rate"),
+        (("--hit-rate", 0.5, "--num-requests", 5, "--profile", "a40", "--policy", "best"), "modm-plus"),
+        (("--hit-rate", 0.5, "--num-requests", 5, "--profile", "a40", "--with", "magic"), "late-binding"),
+        (("--hit-rate", 0.5, "--num-requests", 5, "--profile", "a40", "--ladder", "x"), ".95:30"),
+        (("--hit-rate", 0.5, "--num-requests", 5, "--profile", "a40", "--workers", "x"), "pooled-roles"),
+    ],
+)
+def test_bad_input_is_one_line_and_no_traceback(args: tuple[object, ...], message: str) -> None:
+    code, out, err = call("simulate", *args)
+    assert code in {1, 2}
+    assert message in err
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_bench_simulated(embeddings: Path, tmp_path: Path) -> None:
+    common = ("--simulate", "--embeddings", embeddings, "--ladder", LADDER, "--warm-up", 100, "--num-requests", 80)
+    code, out, _ = call("bench", "slo", *common, "--rate-per-min", "4,8", "--report", tmp_path / "slo", "--json")
+    assert code == 0
+    assert list(json.loads(out)) == ["slo-4", "slo-8"]
+    assert (tmp_path / "slo" / "p99.png").is_file()
+    assert (tmp_path / "slo" / "slo-8" / "per_minute.csv").is_file()
+    code, _, err = call("bench", "rising", *common, "--report", tmp_path / "rising")
+    assert code == 0, err
+    code, _, err = call("bench", "throughput", "--report", tmp_path / "none")
+    assert (code, "--trace" in err) == (2, True)
+    code, _, err = call("bench", "slo", *common, "--rate-per-min", "0")
+    assert code == 2
+
+
+def test_sweep_and_ablation_print_tables(embeddings: Path, tmp_path: Path) -> None:
+    common = ("--embeddings", embeddings, "--ladder", LADDER, "--warm-cache", 200)
+    code, out, _ = call("bench", "sweep", *common, "--rate-per-min", "6", "--seeds", 1, "--report", tmp_path)
+    assert code == 0
+    assert out.count("| 6 |") == 5
+    assert (tmp_path / "sweep.csv").is_file()
+    code, out, _ = call("bench", "ablation", *common)
+    assert code == 0
+    assert "modm + inflight" in out
+
+
+def test_every_profile_figure_has_a_source(tmp_path: Path) -> None:
+    for path in FOLDER.glob("*.toml"):
+        for model, row in load_profile(path.stem).models.items():
+            assert row.source, f"{path.name}: {model}"
+    assert load_profile("mi210").image_s("sdxl") == 16.5
+    assert load_profile("a40").models["sdxl"].inferred
+    with pytest.raises(InvalidInputError, match="sdxl"):
+        load_profile("mi210").image_s("dall-e")
+    with pytest.raises(NotFoundError):
+        load_profile(str(tmp_path / "no.toml"))
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[models.x]\nimage_s = -1\n")
+    with pytest.raises(InvalidInputError, match="image_s"):
+        load_profile(str(broken))
