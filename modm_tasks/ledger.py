@@ -17,14 +17,19 @@ from typing import Any, Literal
 
 import redis
 
-from modm_tasks import ledger_scripts as scripts
+from modm_tasks import ledger_scripts, ledger_scripts_worker
 from modm_tasks.cluster import ClusterState
 from modm_tasks.errors import ConflictError, LeaseLostError, NotFoundError, RefusedError
 from modm_tasks.messages import Completion, Decision, RequestRecord, Route, State, SubmitRequest
 from modm_tasks.redis_client import connect, guarded, pairs, redis_url
 from modm_tasks.settings import Settings
 
-_NAMES = [n for n in vars(scripts) if n.isupper() and not n.startswith("_")]
+_SCRIPTS = {
+    name: text
+    for module in (ledger_scripts, ledger_scripts_worker)
+    for name, text in vars(module).items()
+    if name.isupper() and name != "PRELUDE" and not name.startswith("_")
+}
 
 
 class Ledger(ClusterState):
@@ -34,7 +39,7 @@ class Ledger(ClusterState):
         self.redis: Any = client
         self.prefix = prefix
         self.max_attempts = max_attempts
-        self._scripts = {name: client.register_script(getattr(scripts, name)) for name in _NAMES}
+        self._scripts = {name: client.register_script(text) for name, text in _SCRIPTS.items()}
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Ledger:

@@ -8,99 +8,11 @@ Replies: an ``ok``/error word first, then what the script has to say.
 
 from __future__ import annotations
 
-from modm_tasks.ledger_states import lua_table
-
-_PRELUDE = (
-    "local MOVES = "
-    + lua_table()
-    + """
-local P = KEYS[1]
-local t = redis.call('TIME')
-local now = tonumber(t[1]) + tonumber(t[2]) / 1000000
-local function key(id) return P .. 'req:' .. id end
-local function fmt(x) return string.format('%.6f', x) end
-local BUCKET = tonumber(redis.call('HGET', P .. 'control', 'bucket_s') or '10')
-local function count(field, by)
-  local w = P .. 'win:' .. string.format('%d', math.floor(now / BUCKET))
-  redis.call('HINCRBYFLOAT', w, field, by or 1)
-  redis.call('EXPIRE', w, 7200)
-end
-local function leave(id, state)
-  if state == 'accepted' then redis.call('ZREM', P .. 'accepted', id)
-  elseif state == 'queued' then redis.call('ZREM', P .. 'ready:' .. (redis.call('HGET', key(id), 'queue') or ''), id)
-  elseif state == 'running' then redis.call('ZREM', P .. 'running', id)
-  elseif state == 'waiting' then
-    redis.call('ZREM', P .. 'waiting', id)
-    local src = redis.call('HGET', key(id), 'waits_on')
-    if src then redis.call('SREM', P .. 'waiters:' .. src, id) end
-    redis.call('HDEL', key(id), 'waits_on')
-  end
-end
-local function finalise(id, state)
-  redis.call('ZREM', P .. 'open', id)
-  redis.call('ZADD', P .. 'finished', now, id)
-  redis.call('HSET', key(id), 'done_s', fmt(now))
-  local client = redis.call('HGET', key(id), 'client')
-  if client and client ~= '' then
-    if redis.call('HINCRBY', P .. 'client_open', client, -1) <= 0 then
-      redis.call('HDEL', P .. 'client_open', client)
-    end
-  end
-  local src = redis.call('HGET', key(id), 'source_id')
-  if src then
-    if redis.call('HINCRBY', P .. 'sources', src, -1) <= 0 then redis.call('HDEL', P .. 'sources', src) end
-  end
-  count(state)
-  local arrival = tonumber(redis.call('HGET', key(id), 'arrival_s') or '0')
-  if state == 'done' or state == 'failed' then
-    local slo = tonumber(redis.call('HGET', key(id), 'slo_s') or '0')
-    count('latency_sum', now - arrival)
-    if slo > 0 then
-      count('slo_total')
-      if state == 'failed' or now - arrival > slo then count('slo_missed') end
-    end
-  end
-  if state == 'failed' then redis.call('ZADD', P .. 'failed', now, id) end
-end
-local FINAL = {done=true, failed=true, cancelled=true, refused=true}
-local function move(id, new, note)
-  local old = redis.call('HGET', key(id), 'state')
-  if not old then return 'missing' end
-  if not MOVES[old .. '>' .. new] then return old end
-  leave(id, old)
-  redis.call('HSET', key(id), 'state', new)
-  local log = redis.call('HGET', key(id), 'log') or ''
-  if #log < 8000 then
-    redis.call('HSET', key(id), 'log', log .. fmt(now) .. ' ' .. new .. ' ' .. (note or '') .. '\\n')
-  end
-  if FINAL[new] then finalise(id, new) end
-  redis.call('PUBLISH', P .. 'events', cjson.encode({id=id, state=new, at=fmt(now)}))
-  return 'ok'
-end
-local function source(id, src)
-  local old = redis.call('HGET', key(id), 'source_id')
-  if old and redis.call('HINCRBY', P .. 'sources', old, -1) <= 0 then redis.call('HDEL', P .. 'sources', old) end
-  if src and src ~= '' then
-    redis.call('HINCRBY', P .. 'sources', src, 1)
-    redis.call('HSET', key(id), 'source_id', src)
-  else
-    redis.call('HDEL', key(id), 'source_id')
-  end
-end
-local function enqueue(id, queue, note)
-  local r = move(id, 'queued', note)
-  if r ~= 'ok' then return r end
-  redis.call('HSET', key(id), 'queue', queue)
-  redis.call('HSETNX', key(id), 'queued_s', fmt(now))
-  redis.call('ZADD', P .. 'ready:' .. queue, redis.call('HGET', key(id), 'rank'), id)
-  return 'ok'
-end
-"""
-)
+from modm_tasks.ledger_prelude import PRELUDE
 
 #: id, request JSON, arrival_s ('' = now), client, idempotency key, max_open, max_client_open, slo_s, rank offset
 ACCEPT = (
-    _PRELUDE
+    PRELUDE
     + """
 local id, client, idem = ARGV[1], ARGV[4], ARGV[5]
 if idem ~= '' then
@@ -132,7 +44,7 @@ return {'ok', id}
 
 #: id, expected state, queue, decision JSON, skipped steps, source id, note, text vector and rank ('' = unchanged)
 ROUTE = (
-    _PRELUDE
+    PRELUDE
     + """
 local id, expected, queue = ARGV[1], ARGV[2], ARGV[3]
 if redis.call('HGET', key(id), 'state') ~= expected then return {'conflict'} end
@@ -154,7 +66,7 @@ return {'ok'}
 
 #: id, source id, decision JSON, wait until (Unix s, 0 = no bound), text vector
 WAIT = (
-    _PRELUDE
+    PRELUDE
     + """
 local id, src = ARGV[1], ARGV[2]
 local s = redis.call('HGET', key(src), 'state')
@@ -170,71 +82,9 @@ return {'ok'}
 """
 )
 
-#: queue, worker, lease_s
-CLAIM = (
-    _PRELUDE
-    + """
-local ready = P .. 'ready:' .. ARGV[1]
-while true do
-  local head = redis.call('ZRANGE', ready, 0, 0)
-  if #head == 0 then return {'empty'} end
-  local id = head[1]
-  if redis.call('HGET', key(id), 'state') ~= 'queued' then
-    redis.call('ZREM', ready, id)
-  else
-    move(id, 'running', ARGV[2])
-    redis.call('HINCRBY', key(id), 'attempt', 1)
-    redis.call('HINCRBY', key(id), 'tries', 1)
-    redis.call('HSET', key(id), 'worker', ARGV[2], 'claimed_s', fmt(now), 'step', 0)
-    redis.call('ZADD', P .. 'running', now + tonumber(ARGV[3]), id)
-    return {'ok', id, redis.call('HGETALL', key(id))}
-  end
-end
-"""
-)
-
-_OWNED = """
-local id, attempt = ARGV[1], ARGV[2]
-if redis.call('HGET', key(id), 'state') ~= 'running' or redis.call('HGET', key(id), 'attempt') ~= attempt then
-  return {'lost'}
-end
-"""
-
-#: id, attempt, lease_s, step
-RENEW = (
-    _PRELUDE
-    + _OWNED
-    + """
-redis.call('ZADD', P .. 'running', now + tonumber(ARGV[3]), id)
-if ARGV[4] ~= '' and redis.call('HGET', key(id), 'step') ~= ARGV[4] then
-  redis.call('HSET', key(id), 'step', ARGV[4])
-  redis.call('PUBLISH', P .. 'events', cjson.encode({id=id, state='running', step=tonumber(ARGV[4]), at=fmt(now)}))
-end
-if redis.call('HEXISTS', key(id), 'cancel') == 1 then return {'cancelled'} end
-return {'ok'}
-"""
-)
-
-#: id, attempt, completion JSON (without vector), vector, model, steps run, gpu_s
-FINISH = (
-    _PRELUDE
-    + _OWNED
-    + """
-redis.call('HSET', key(id), 'completion', ARGV[3], 'ivec', ARGV[4])
-move(id, 'done', '')
-redis.call('ZADD', P .. 'unadmitted', now, id)
-local m = 'model:' .. ARGV[5]
-count(m .. ':n'); count(m .. ':steps', ARGV[6]); count(m .. ':gpu_s', ARGV[7])
-redis.call('HSET', P .. 'step_s', ARGV[5], string.format('%.6f',
-  0.8 * tonumber(redis.call('HGET', P .. 'step_s', ARGV[5]) or ARGV[7] / math.max(1, tonumber(ARGV[6])))
-  + 0.2 * ARGV[7] / math.max(1, tonumber(ARGV[6]))))
-return {'ok'}
-"""
-)
-
 #: id, completion JSON: an exact repeat answered with a stored image, from accepted straight to done
 FINISH_STORED = (
-    _PRELUDE
+    PRELUDE
     + """
 local id = ARGV[1]
 if redis.call('HGET', key(id), 'state') ~= 'accepted' then return {'conflict'} end
@@ -246,60 +96,9 @@ return {r}
 """
 )
 
-#: id, attempt, error, retry (0/1), max tries
-FAIL = (
-    _PRELUDE
-    + _OWNED
-    + """
-redis.call('HSET', key(id), 'error', ARGV[3])
-if ARGV[4] == '1' and tonumber(redis.call('HGET', key(id), 'tries')) < tonumber(ARGV[5]) then
-  count('retries')
-  enqueue(id, redis.call('HGET', key(id), 'queue'), 'again: ' .. ARGV[3])
-  return {'queued', redis.call('HGET', key(id), 'queue')}
-end
-move(id, 'failed', ARGV[3])
-return {'failed'}
-"""
-)
-
-#: id, attempt: back at the old rank, the try not counted
-GIVE_BACK = (
-    _PRELUDE
-    + _OWNED
-    + """
-redis.call('HINCRBY', key(id), 'tries', -1)
-enqueue(id, redis.call('HGET', key(id), 'queue'), 'given back')
-return {'ok', redis.call('HGET', key(id), 'queue')}
-"""
-)
-
-#: id, attempt, decision JSON, note, extra field, extra value: queued as a miss
-REROUTE = (
-    _PRELUDE
-    + _OWNED
-    + """
-redis.call('HINCRBY', key(id), 'tries', -1)
-local r = enqueue(id, 'large-gen', ARGV[4])
-redis.call('HSET', key(id), 'decision', ARGV[3])
-source(id, '')
-if ARGV[5] ~= '' then redis.call('HSET', key(id), ARGV[5], ARGV[6]) end
-count('rerouted')
-return {r}
-"""
-)
-
-#: id, attempt: stopped at a step boundary
-FINISH_CANCELLED = (
-    _PRELUDE
-    + _OWNED
-    + """
-return {move(id, 'cancelled', 'at a step')}
-"""
-)
-
 #: id, new state (cancelled | failed | refused), error: by the front, for a request that no worker holds
 END = (
-    _PRELUDE
+    PRELUDE
     + """
 local id, new = ARGV[1], ARGV[2]
 local state = redis.call('HGET', key(id), 'state')
@@ -318,7 +117,7 @@ return {move(id, new, ARGV[3])}
 
 #: max tries, limit: claims whose lease ran out
 EXPIRE = (
-    _PRELUDE
+    PRELUDE
     + """
 local out = {}
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. 'running', '-inf', now, 'LIMIT', 0, ARGV[2])) do
@@ -351,7 +150,7 @@ return out
 
 #: id, clip score ('' = none): the image is in the cache (or need not be)
 ADMITTED = (
-    _PRELUDE
+    PRELUDE
     + """
 local id = ARGV[1]
 if redis.call('ZREM', P .. 'unadmitted', id) == 0 then return {'known'} end
@@ -369,7 +168,7 @@ return {'ok'}
 
 #: id: a failed request starts again, by an operator
 RETRY = (
-    _PRELUDE
+    PRELUDE
     + """
 local id = ARGV[1]
 if redis.call('HGET', key(id), 'state') ~= 'failed' then return {'conflict'} end
@@ -388,7 +187,7 @@ return {'ok'}
 
 #: keep newer than (Unix s), keep at most, limit: forget finished requests; returns the ids and URIs forgotten
 TRIM = (
-    _PRELUDE
+    PRELUDE
     + """
 local ids = redis.call('ZRANGEBYSCORE', P .. 'finished', '-inf', now - tonumber(ARGV[1]), 'LIMIT', 0, ARGV[3])
 local over = redis.call('ZCARD', P .. 'finished') - tonumber(ARGV[2])

@@ -61,7 +61,8 @@ def build_service(settings: Settings, *, observer: Observer | None = None) -> Se
         cache = ImageCache(backend, embedder.identity, embedder.dim, settings, images)
         app = make_app(settings)
         tokens = Tokens(app, ledger)
-        router = Router(settings, ledger, cache, ladder)
+        hit_age = observer.hit_age if observer else None
+        router = Router(settings, ledger, cache, ladder, observe_hit_age=hit_age)
         routed = observer.routed if observer else None
         finished = observer.finished if observer else None
         pipeline = Pipeline(ledger, embedder, router, tokens, observe=routed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 
 from modm_tasks.ledger import Ledger
 from modm_tasks.messages import Completion, Decision, RequestRecord, Route
@@ -24,7 +25,16 @@ FRESH_S = 1.0
 class Router:
     """One per orchestrator. Thread-safe: the pipeline and the admission both ask."""
 
-    def __init__(self, settings: Settings, ledger: Ledger, cache: ImageCache, ladder: Ladder) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        ledger: Ledger,
+        cache: ImageCache,
+        ladder: Ladder,
+        *,
+        observe_hit_age: Callable[[float], None] | None = None,
+    ) -> None:
+        self.observe_hit_age = observe_hit_age
         self.settings, self.ledger, self.cache, self.ladder = settings, ledger, cache, ladder
         self.open_requests = OpenRequests(cache.dim)
         self._lock = threading.Lock()
@@ -41,7 +51,7 @@ class Router:
         given = self._given(record, vector, inflight=inflight, stored=stored)
         decision = routing.route(given)
         if decision.source_id is not None and decision.waits_on is None:
-            self.cache.touch(decision.source_id, record.request.namespace, self.now_s(), decision.skipped_steps)
+            self._touch(decision.source_id, record.request.namespace, decision.skipped_steps)
         return decision
 
     def after_wait(self, record: RequestRecord, vector: Vector, source: RequestRecord | None) -> Decision:
@@ -63,7 +73,7 @@ class Router:
         decision = routing.route(given)
         if decision.route is not Route.SMALL_REFINE or decision.source_id is None:
             return None
-        self.cache.touch(source.id, source.namespace, self.now_s(), decision.skipped_steps)
+        self._touch(source.id, source.namespace, decision.skipped_steps)
         return decision.model_copy(update={"reason": f"late binding: {decision.reason}"})
 
     def late_candidates(
@@ -113,6 +123,11 @@ class Router:
             skipped_steps=self.settings.num_inference_steps, depth=entry.depth, gpu_s=0.0, vector="",
             embedder=self.cache.embedder_identity, bytes=entry.bytes,
         )  # fmt: skip
+
+    def _touch(self, image_id: str, namespace: str, skipped_steps: int) -> None:
+        self.cache.touch(image_id, namespace, self.now_s(), skipped_steps)
+        if self.observe_hit_age is not None and self.cache.recent_hit_ages_s:
+            self.observe_hit_age(self.cache.recent_hit_ages_s[-1])
 
     # --- inputs -------------------------------------------------------------------------------------------------
 

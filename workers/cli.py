@@ -1,4 +1,7 @@
-"""`modm models ...` and `modm worker`. Nothing here imports torch; `check` and `pull` do, when they run."""
+"""`modm models ...` and `modm worker`. Nothing here imports torch; `check` and `pull` do, when they run.
+
+Settings and catalogue are imported inside the commands: pydantic alone would double the time of `modm --help`.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,16 @@ import json
 import os
 import subprocess
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from modm_tasks.errors import ConfigError, ModmError, UnavailableError
-from modm_tasks.queues import Role, queues_of
-from modm_tasks.settings import Settings, load_settings
-from workers.catalogue import (
-    ModelEntry,
-    check_pair,
-    find,
-    load_catalogue,
-    missing_weights,
-)
-from workers.pinning import pinned, thread_count
+
+if TYPE_CHECKING:
+    from modm_tasks.queues import Role
+    from modm_tasks.settings import Settings
+    from workers.catalogue import ModelEntry
 
 models_app = typer.Typer(no_args_is_help=True, help="The model catalogue.", rich_markup_mode=None)
 
@@ -30,12 +28,17 @@ Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 
 
 def _row(entry: ModelEntry) -> dict[str, Any]:
+    from workers.catalogue import missing_weights
+
     return entry.model_dump(mode="json") | {"source": entry.source, "ready": missing_weights(entry) is None}
 
 
 @models_app.command("list")
 def list_models(as_json: Json = False) -> None:
     """All models by name, with aliases, steps, guidance and memory."""
+    from modm_tasks.settings import load_settings
+    from workers.catalogue import load_catalogue
+
     entries = load_catalogue(load_settings().models_file).values()
     if as_json:
         typer.echo(json.dumps([_row(entry) for entry in entries], indent=2))
@@ -50,6 +53,9 @@ def list_models(as_json: Json = False) -> None:
 @models_app.command("show")
 def show_model(name: str, as_json: Json = False) -> None:
     """One entry in full."""
+    from modm_tasks.settings import load_settings
+    from workers.catalogue import find
+
     row = _row(find(name, load_settings().models_file))
     if as_json:
         typer.echo(json.dumps(row, indent=2))
@@ -61,6 +67,8 @@ def show_model(name: str, as_json: Json = False) -> None:
 @models_app.command("pull")
 def pull_model(name: str) -> None:
     """Download a model's weights from the hub into its cache. Gated ones need HF_TOKEN."""
+    from modm_tasks.settings import load_settings
+    from workers.catalogue import find
     from workers.pipelines import pull
 
     typer.echo(pull(find(name, load_settings().models_file)))
@@ -69,6 +77,9 @@ def pull_model(name: str) -> None:
 @models_app.command("check")
 def check_model(name: str, steps: Annotated[int, typer.Option(min=1, max=50)] = 2, as_json: Json = False) -> None:
     """Load a model, draw and refine with a few steps, print memory and seconds per step."""
+    from modm_tasks.settings import load_settings
+    from workers.catalogue import find, missing_weights
+
     settings = load_settings()
     entry = find(name, settings.models_file)
     if problem := missing_weights(entry):
@@ -93,6 +104,10 @@ def worker_command(
     small_model: Annotated[str, typer.Option(help="Catalogue name; default MODM_SMALL_MODEL.")] = "",
 ) -> None:
     """One Celery worker for one GPU, the device pinned before it starts."""
+    from modm_tasks.settings import load_settings
+    from workers.catalogue import check_pair
+    from workers.pinning import pinned, thread_count
+
     given = {k: v for k, v in {"large_model": large_model, "small_model": small_model}.items() if v}
     os.environ.update({f"MODM_{k.upper()}": v for k, v in given.items()})
     settings = load_settings(**given)
@@ -123,6 +138,8 @@ def start_queues(settings: Settings, node: str, gpu: str, role: str) -> tuple[st
     ``auto`` takes the role that is desired already, so that a worker that restarts comes back as what it was, else it
     starts able to do everything, with GPU 0 as the first large worker.
     """
+    from modm_tasks.queues import queues_of
+
     mode = settings.worker.mode
     wanted = _ROLES.get(role) or _desired(settings, node)
     if wanted is not None:

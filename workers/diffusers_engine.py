@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -15,14 +16,29 @@ from modm_tasks.settings import Settings
 from workers.catalogue import ModelEntry, find
 from workers.engine import Drawn, GenerateParams, RefineParams, no_callback, start_step
 from workers.options import check_options
+from workers.pinning import VISIBLE
 from workers.pipelines import Pair, draw, fewest_steps, load_pair
 from workers.residency import Parking, Residency, device_budget, free_cached
 
 log = logging.getLogger(__name__)
 
+#: A GPU that the operating system knows: NVIDIA's driver, ROCm's.
+_GPU_FILES = ("/dev/nvidiactl", "/dev/kfd")
+
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is a GPU where there is one. Raises ConfigError for a device that is not there."""
+    """``auto`` is a GPU where there is one.
+
+    Raises ConfigError for a device that is not there, and for a GPU that is there but hidden, e.g. by a wrong index: a
+    large model on a CPU instead would look like a hang.
+    """
+    if name == "auto" and not torch.cuda.is_available() and any(map(os.path.exists, _GPU_FILES)):
+        visible = {k: os.environ[k] for k in VISIBLE if k in os.environ}
+        raise ConfigError(
+            f"this machine has a GPU but torch sees none ({visible or 'driver or build of torch'});"
+            " MODM_WORKER__DEVICE=cpu draws on the CPU",
+            field="device",
+        )
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if has[kind]))

@@ -63,7 +63,7 @@ class Lease:
         self.check()
         if now - self._began > self._limit_s:
             raise EngineError(
-                f"drawing took longer than worker.task_time_limit_s = {self._limit_s:g} (step {done}/{total})"
+                f"drawing took longer than {self._limit_s:g} s, 0.9 of worker.task_time_limit_s (step {done}/{total})"
             )
 
     def _run(self) -> None:

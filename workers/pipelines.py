@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import huggingface_hub
 import torch
 import transformers
 from PIL import Image
@@ -32,6 +33,7 @@ diffusers.logging.disable_progress_bar()
 diffusers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
+huggingface_hub.logging.set_verbosity_error()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +264,7 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning):
             warnings.filterwarnings("ignore", category=category)
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"huggingface_hub\..*")
         yield
 
 

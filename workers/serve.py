@@ -87,7 +87,7 @@ def serve_one(runtime: Runtime, queue: str) -> dict[str, Any]:
             record.id,
             record.attempt,
             lease_s=settings.worker.lease_s,
-            limit_s=settings.worker.task_time_limit_s,
+            limit_s=0.9 * settings.worker.task_time_limit_s,  # before Celery kills the child, and its models
         ) as lease:
             outcome = _attempt(runtime, record, lease, written)
     except ModmError as error:

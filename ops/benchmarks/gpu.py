@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +105,12 @@ def run(bench: Bench, families: Sequence[str]) -> dict[str, Any]:
         "families": {},
     }
     for family in families:
-        report["families"][family] = _part(bench, lambda family=family: family_costs(bench, family))
+        report["families"][family] = _part(bench, partial(family_costs, bench, family))
     if {"sd3", "sdxl"} <= set(families):
-        report["swap"] = _part(bench, lambda: swap_prices(bench, "sd3", "sdxl"))
+        report["swap"] = _part(bench, partial(swap_prices, bench, "sd3", "sdxl"))
     for small in ("sdxl", "sana"):
         if {"sd3", small} <= set(families):
-            report[f"modm_sd3_{small}"] = _part(bench, lambda small=small: throughput(bench, "sd3", small))
+            report[f"modm_sd3_{small}"] = _part(bench, partial(throughput, bench, "sd3", small))
     return report
 
 
@@ -225,7 +226,7 @@ def swap_prices(bench: Bench, large: str, small: str) -> dict[str, Any]:
         sizes = {large: weight_bytes(first), small: weight_bytes(second)}
         residency = Residency(torch.device(bench.device), max(sizes.values()) + 1, parking="host")
         for name, pair in ((large, first), (small, second)):
-            residency.add(name, lambda pair=pair: pair)
+            residency.add(name, partial(_same, pair))
         residency.ensure(large)
         park_began = time.perf_counter()
         residency.ensure(small)
@@ -240,6 +241,10 @@ def swap_prices(bench: Bench, large: str, small: str) -> dict[str, Any]:
         "to_device_s": {name: round(value, 4) for name, value in best.items()},
         "gib_per_s": {name: round(sizes[name] / 2**30 / value, 2) for name, value in best.items()},
     }
+
+
+def _same(pair: Any) -> Any:
+    return pair
 
 
 def throughput(bench: Bench, large: str, small: str) -> dict[str, Any]:
@@ -309,7 +314,7 @@ def _peak_gib(bench: Bench) -> float | None:
         return None
     import torch
 
-    return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return float(round(torch.cuda.max_memory_allocated() / 2**30, 2))
 
 
 def _free(bench: Bench) -> None:

@@ -194,7 +194,7 @@ def train_denoiser(
 
 
 SHALLOW_STAGE = StageConfig(name="large-shallow", steps=1700, learning_rate=1.2e-3, decay=0.0)
-LARGE_STAGE = StageConfig(name="large", steps=1060, learning_rate=1.2e-3, decay=0.48)
+LARGE_STAGE = StageConfig(name="large", steps=880, learning_rate=1.2e-3, decay=0.38)
 #: Stopped before its rate has fallen: good enough to refine, and clearly worse than the large model from noise.
 SMALL_STAGE = StageConfig(name="small", steps=5000, learning_rate=2e-3, decay=0.5, stop_at=3653)
 

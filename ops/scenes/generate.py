@@ -24,7 +24,7 @@ from PIL import Image
 from ops.scenes.export import DIFFUSION_FOLDER, STEPS
 
 #: Pictures per pipeline call: enough to amortise overheads, small enough for the caches of a CPU core.
-BATCH = 8
+BATCH = 16
 
 
 @dataclass(frozen=True)

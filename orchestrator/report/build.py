@@ -1,6 +1,6 @@
 """The figures of a run, from the records of its requests. Pure.
 
-Latency counts from the intended arrival; refused and failed requests count as SLO violations, so neither coordinated
+Latency counts from the intended arrival; refused, failed and lost requests count as SLO violations, so neither coordinated
 omission nor shedding flatters a system (facts D6).
 """
 
@@ -32,6 +32,13 @@ def is_hit(record: RequestRecord) -> bool:
     return record.decision is not None and record.decision.source_id is not None
 
 
+def _refined(record: RequestRecord) -> bool:
+    """Drawn from a source: neither a stored answer nor one that was drawn anew because its refinement was poor."""
+    stored = record.decision is not None and record.decision.route is Route.STORED
+    escalated = record.completion is not None and record.completion.escalated
+    return is_hit(record) and not stored and not escalated
+
+
 def build_report(
     records: Sequence[RequestRecord],
     *,
@@ -52,7 +59,7 @@ def build_report(
     waits = [r.queue_wait_s for r in done if r.queue_wait_s is not None]
     unit_s = large_latency_s or _large_latency(done)
     count = Counter(r.state for r in records)
-    failed = count[State.FAILED] + refused + count[State.REFUSED]
+    failed = count[State.FAILED] + refused + count[State.REFUSED] + lost
     judged = len(done) + failed
     return {
         "schema_version": SCHEMA_VERSION,
@@ -78,7 +85,7 @@ def build_report(
             "violations_4x": _violations(latencies, failed, judged, unit_s, 4.0),
         },
         "clip_score": _clip(done),
-        "refined_by": dict(Counter(r.completion.model for r in done if is_hit(r) and r.completion is not None)),
+        "refined_by": dict(Counter(r.completion.model for r in done if r.completion is not None and _refined(r))),
         "role_moves": len(role_moves),
         "moves": [dict(m) for m in role_moves],
         "similarity": _similarity(routed),
@@ -99,7 +106,11 @@ def served_per_min(done: Sequence[RequestRecord]) -> float | None:
 
 
 def _large_latency(done: Sequence[RequestRecord]) -> float | None:
-    times = [r.completion.gpu_s for r in done if r.completion is not None and not is_hit(r)]
+    times = [
+        r.completion.gpu_s
+        for r in done
+        if r.completion is not None and not is_hit(r) and r.decision is not None and r.decision.route is Route.LARGE_GEN
+    ]
     return float(np.median(times)) if times else None
 
 
@@ -137,10 +148,15 @@ def per_minute(records: Sequence[RequestRecord], *, bins: int = 60) -> list[dict
         return []
     start = min(r.arrival_s for r in records)
     end = max(r.done_s or 0.0 for r in ended)
-    width_s = max(1.0, min(60.0, (end - start) / 24)) if end - start < 60 * bins else (end - start) / bins
+    span_s = max(end - start, 1.0)
+    # A short run in twelve parts: finer ones hold so few requests that the series is noise.
+    count = min(bins, max(1, round(span_s / 60.0 if span_s > 12 * 60 else min(12.0, span_s))))
+    width_s = span_s / count
     rows = []
-    for index in range(int((end - start) / width_s) + 1):
+    for index in range(count):
         low, high = start + index * width_s, start + (index + 1) * width_s
+        if index == count - 1:
+            high = max(high, end) + 1e-6  # the last completion belongs to the last part
         arrived = [r for r in records if low <= r.arrival_s < high]
         done = [r for r in ended if r.state is State.DONE and low <= (r.done_s or 0.0) < high]
         routed = [r for r in arrived if r.decision is not None]

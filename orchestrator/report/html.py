@@ -21,8 +21,10 @@ thead th { border-bottom-width: 2px; } tbody th { font-weight: 500; }
 figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
 figcaption { color: #333; font-size: .85rem; } img { max-width: 100%; height: auto; display: block; margin: auto; }
 details { margin-top: 1rem; } pre { background: var(--soft); padding: .8rem; overflow: auto; border-radius: 6px; }
-.lead { font-size: 1.1rem; }
+.lead { font-size: 1.1rem; } .wide { overflow-x: auto; }
 """
+#: Nothing is fetched and nothing runs, whatever a prompt may hold.
+CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def _data_uri(png: bytes) -> str:
@@ -58,9 +60,10 @@ def page(
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>"
         f'<h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>'
-        f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+        f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         f'<h2>Plots</h2><div class="plots">{figures}</div>{contact}'
         f"<details><summary>Machine</summary><pre>{machine}</pre></details>"
         f"<details><summary>Settings</summary><pre>{settings}</pre></details></body></html>\n"

@@ -7,6 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+#: Beside the colours, for print and for readers who see none.
+DASHES = ("-", (0, (5, 1.5)), (0, (2, 1)), "-.", (0, (6, 1, 1, 1, 1, 1)), ":")
+#: Above the axes, where no curve can be.
+LEGEND: dict[str, Any] = {
+    "frameon": False, "ncols": 3, "loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2,
+}  # fmt: skip
 Report = Mapping[str, Any]
 
 
@@ -37,16 +43,16 @@ def latency_cdf(latencies: Mapping[str, Sequence[float]], slo_s: float | None = 
     """Share of requests that were done within so many seconds of their intended arrival."""
 
     def draw(axes: Any) -> None:
-        for (name, values), colour in zip(latencies.items(), COLOURS, strict=False):
+        for (name, values), colour, dash in zip(latencies.items(), COLOURS, DASHES, strict=False):
             ordered = sorted(values)
             if ordered:
                 shares = [(i + 1) / len(ordered) for i in range(len(ordered))]
-                axes.step(ordered, shares, where="post", label=name, color=colour, linewidth=2)
+                axes.step(ordered, shares, where="post", label=name, color=colour, linestyle=dash, linewidth=2)
         if slo_s:
             axes.axvline(slo_s, color="#666666", linestyle="--", linewidth=1, label="2x SLO")
         axes.set(xlabel="latency from intended arrival, s", ylabel="share of requests", ylim=(0, 1.02))
         axes.set_xlim(left=0)
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(**LEGEND)
 
     return figure(draw)
 
@@ -72,14 +78,15 @@ def over_time(reports: Sequence[Report], field: str, label: str) -> bytes:
     """One column of the per-minute series over the run."""
 
     def draw(axes: Any) -> None:
-        for report, colour in zip(reports, COLOURS, strict=False):
+        for report, colour, dash in zip(reports, COLOURS, DASHES, strict=False):
             points = [(row["at_s"] / 60, row[field]) for row in report["per_minute"] if row.get(field) is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), label=_name(report), color=colour, linewidth=2, marker=".")
+                style = {"color": colour, "linestyle": dash, "linewidth": 2, "marker": "."}
+                axes.plot(*zip(*points, strict=True), label=_name(report), **style)
         axes.set(xlabel="minutes since the first arrival", ylabel=label)
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
-        axes.legend(frameon=False)
+        axes.legend(**LEGEND)
 
     return figure(draw)
 
@@ -96,7 +103,7 @@ def skipped_steps(reports: Sequence[Report]) -> bytes:
             axes.bar(at, counts, width=width, color=colour, label=_name(report))
         axes.set_xticks(range(len(ks)), [str(k) for k in ks])
         axes.set(xlabel="skipped steps k", ylabel="requests")
-        axes.legend(frameon=False)
+        axes.legend(**LEGEND)
 
     return figure(draw)
 

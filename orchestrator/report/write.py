@@ -138,7 +138,13 @@ def _csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) 
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(rows)
+        for row in rows:
+            writer.writerow({name: _cell(value) for name, value in row.items()})
+
+
+def _cell(value: Any) -> Any:
+    """A prompt that starts like a formula gets an apostrophe, so that a spreadsheet shows it and does not run it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _replace(folder: Path, fill: Any) -> Path:

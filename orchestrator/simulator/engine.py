@@ -12,7 +12,7 @@ from heapq import heappop, heappush
 
 import numpy as np
 
-from modm_tasks.messages import Decision, Route, SubmitRequest
+from modm_tasks.messages import Decision, Route
 from modm_tasks.queues import LARGE_GEN, SMALL_REFINE
 from orchestrator.decisions import routing
 from orchestrator.decisions.allocation import overload
@@ -20,14 +20,11 @@ from orchestrator.simulator.config import SimConfig
 from orchestrator.simulator.control import Controller
 from orchestrator.simulator.fleet import Fleet
 from orchestrator.simulator.outcome import Outcome
+from orchestrator.simulator.router import DONE, NEW, QUEUED, REFUSED, RUNNING, WAITING, SimulatedRouter
 from orchestrator.simulator.similarity import Similarities
 from orchestrator.simulator.windows import Windows
 
-NEW, WAITING, QUEUED, RUNNING, DONE, REFUSED = range(6)
 _DONE_EVENT, _TIRED_EVENT = 0, 1
-_REQUEST = SubmitRequest(prompt="simulated")
-#: The production router's guess at an average hit, as a share of a full small image.
-_HIT_SHARE = 0.6
 
 
 class Simulation:
@@ -59,6 +56,7 @@ class Simulation:
         self.end_sum = 0.0
         self.switching: set[int] = set()
         self.windows = Windows(config.window_s, config.bucket_s)
+        self.router = SimulatedRouter(self)
         self.controller = Controller(config, self) if config.workers != "pooled" or config.degrade else None
         self.outcome = Outcome(config, self.arrivals, warm)
         self._events: list[tuple[float, int, int, int]] = []
@@ -111,7 +109,7 @@ class Simulation:
         self.windows.count(self.now, "arrivals")
         self.rank[row] = self.outcome.arrival[row] = self.now
         self.open += 1
-        decision = self._decide(row, inflight=True)
+        decision = self.router.decide(row, inflight=True)
         if self._refused(row, decision):
             return
         if decision.route is Route.STORED:
@@ -129,8 +127,8 @@ class Simulation:
         if self.now < self.refuse_until:
             retry_s = self.refuse_until - self.now
         elif c.admit:
-            wait = self._wait_ahead_s(decision)
-            retry_s = overload.admit(wait_s=wait, service_s=self._service_s(decision), slo_s=c.slo_s)
+            wait = self.router.wait_ahead_s(decision)
+            retry_s = overload.admit(wait_s=wait, service_s=self.router.service_s(decision), slo_s=c.slo_s)
         else:
             return False
         if retry_s <= 0:
@@ -141,31 +139,6 @@ class Simulation:
         self.outcome.refused(row, self.now, retry_s)
         return True
 
-    def _wait_ahead_s(self, decision: Decision) -> float:
-        """Predicted wait of a request that is queued now, by the workers that serve its queue."""
-        fleet, queues = self.fleet, self.fleet.queues
-        running_s = self.end_sum - fleet.n_busy * self.now
-        large, small = queues[LARGE_GEN].work_s, queues[SMALL_REFINE].work_s
-        if fleet.n_busy < self.config.gpus and fleet.mode != "roles":
-            return 0.0
-        if fleet.mode == "pooled":
-            return (large + small + running_s) / self.config.gpus
-        share = fleet.n_large / self.config.gpus
-        if fleet.mode == "pooled-roles":
-            miss_load, hit_load = self.controller.load_workers if self.controller else (0.0, 0.0)
-            n_large, n_small = fleet.n_large, self.config.gpus - fleet.n_large
-            miss = overload.ClassLoad(workers=n_large, work_s=large + running_s * share, arriving=miss_load)
-            hit = overload.ClassLoad(workers=n_small, work_s=small + running_s * (1 - share), arriving=hit_load)
-            pair = (miss, hit) if decision.route is Route.LARGE_GEN else (hit, miss)
-            # The mean of the careful guess and of one queue over all: by itself the careful one refuses at low load.
-            return (overload.pooled_wait_s(*pair) + (large + small + running_s) / self.config.gpus) / 2
-        if decision.route is Route.LARGE_GEN:
-            return (large + running_s * share) / max(1, fleet.n_large) if fleet.n_busy == self.config.gpus else 0.0
-        n_small = self.config.gpus - fleet.n_large
-        if n_small == 0:
-            return (large + small * self.large_s / self.small_s + running_s) / self.config.gpus
-        return (small + running_s * (1 - share)) / n_small if fleet.n_busy == self.config.gpus else 0.0
-
     def _wait(self, row: int, decision: Decision) -> None:
         source = int(decision.waits_on or 0)
         self.state[row] = WAITING
@@ -175,7 +148,7 @@ class Simulation:
         self.outcome.waited[row] = True
         # A bound counted from now instead undoes in-flight reuse at saturation, where the turn itself is far away.
         self._push(self.now + self.config.wait_bound_s, _TIRED_EVENT, row)
-        self._hasten(source, self.large_s - self._service_s(decision))
+        self._hasten(source, self.large_s - self.router.service_s(decision))
 
     def _hasten(self, source: int, saved_s: float) -> None:
         """A source that is waited on goes first in proportion to the work that it saves; what it waits on itself inherits
@@ -194,7 +167,7 @@ class Simulation:
         """Queue it at its own rank and start it at once where a worker is idle."""
         self.state[row] = QUEUED
         self.decisions[row] = decision
-        service = self._service_s(decision)
+        service = self.router.service_s(decision)
         queue = LARGE_GEN if decision.route is Route.LARGE_GEN else SMALL_REFINE
         rank = self._rank(row, service)
         worker = self.fleet.take_worker(queue)
@@ -217,7 +190,7 @@ class Simulation:
         large = decision.route is Route.LARGE_GEN or (
             self.fleet.mode == "roles" and self.fleet.roles[worker] == "large" and decision.source_id is not None
         )
-        service = self._service_s(decision, large=large)
+        service = self.router.service_s(decision, large=large)
         if worker in self.switching:
             self.switching.discard(worker)
             service += self.config.switch_s
@@ -273,13 +246,13 @@ class Simulation:
         """Whether an earlier request still waits for a worker: then this one would not be drawn either."""
         decision = self.decisions[row]
         assert decision is not None
-        rank = self._rank(row, self._service_s(decision))
+        rank = self._rank(row, self.router.service_s(decision))
         heads = (queue.head() for queue in self.fleet.queues.values())
         return any(head is not None and head < (rank, row) for head in heads)
 
     def _after_wait(self, row: int) -> None:
         """The true similarity decides, at the place in the order that the request had."""
-        decision = self._decide(row, inflight=False)
+        decision = self.router.decide(row, inflight=False)
         self.chain[row] = 0
         if decision.route is Route.STORED:
             self.state[row] = DONE
@@ -292,7 +265,7 @@ class Simulation:
         queue = self.fleet.queues[LARGE_GEN]
         for row, _ in self.source.readers(image):
             if self.state[row] == QUEUED and row in queue:
-                decision = self._decide(row, inflight=False)
+                decision = self.router.decide(row, inflight=False)
                 if decision.route is Route.SMALL_REFINE and decision.source_id is not None:
                     queue.remove(row)
                     self.outcome.rebound[row] = True
@@ -308,69 +281,6 @@ class Simulation:
     def _push(self, at_s: float, kind: int, row: int) -> None:
         self._seq += 1
         heappush(self._events, (at_s, self._seq, kind, row))
-
-    # --- decisions ----------------------------------------------------------------------------------------------
-
-    def _decide(self, row: int, *, inflight: bool) -> Decision:
-        c = self.config
-        decision = routing.route(
-            routing.RouteInput(
-                request=_REQUEST,
-                policy=c.policy,
-                features=c.features,
-                ladder=c.ladder,
-                total_steps=self.steps,
-                found=self._found(row),
-                unfinished=self._unfinished(row) if inflight and "inflight" in c.features else None,
-                large_service_s=self.large_s,
-                small_service_s=self.small_s,
-                miss_wait_s=self._queue_wait_s(),
-                lowered_rungs=self.lowered,
-                repeat_max_k=c.repeat_max_k,
-                wait_depth=c.wait_depth,
-            )
-        )
-        if decision.waits_on is None:
-            self.windows.count(
-                self.now, "misses" if decision.route is Route.LARGE_GEN else f"k:{decision.skipped_steps}"
-            )
-        return decision
-
-    def _found(self, row: int) -> routing.Found | None:
-        bounded = "drift" in self.config.features
-        for j, similarity in self.source.images(row):
-            if (self.cached[j] or self.source.always_cached) and not (
-                bounded and self.depth[j] > self.config.max_depth
-            ):
-                same = "repeats" in self.config.features and self.source.same_text(row, j)
-                return routing.Found(id=str(j), uri="", similarity=similarity, depth=self.depth[j], same_prompt=same)
-        return None
-
-    def _unfinished(self, row: int) -> routing.Unfinished | None:
-        """As the production router: the most similar earlier open request whose chain is not too long."""
-        ladder, state = self.config.ladder, self.state
-        for j, similarity in self.source.texts(row):
-            if j < row and WAITING <= state[j] <= RUNNING and self.chain[j] < self.config.wait_depth:
-                decision = self.decisions[j]
-                miss = decision is not None and decision.route is Route.LARGE_GEN
-                service = self.large_s if miss else self.small_s
-                waited = self.now - self.rank[j]
-                ready = max(0.0, self._queue_wait_s() - waited) + service
-                return routing.Unfinished(
-                    id=str(j), predicted=ladder.predict(similarity), ready_in_s=ready, chain_depth=self.chain[j]
-                )
-        return None
-
-    def _queue_wait_s(self) -> float:
-        queues = self.fleet.queues
-        hits = len(queues[SMALL_REFINE]) * self.small_s * _HIT_SHARE
-        return (len(queues[LARGE_GEN]) * self.large_s + hits) / self.config.gpus
-
-    def _service_s(self, decision: Decision, *, large: bool = False) -> float:
-        share = 1 - decision.skipped_steps / self.config.total_steps
-        if decision.route is Route.LARGE_GEN:
-            return self.large_s * self.steps / self.config.total_steps
-        return (self.large_s if large else self.small_s) * share
 
     def _escalates(self, decision: Decision) -> bool:
         if decision.source_id is None or "verify" not in self.config.features:

@@ -28,8 +28,9 @@ def arrival_times(
     """Seconds from the start, [n], row for row. Raises InvalidInputError.
 
     recorded: the trace's own times from its earliest row on, over ``speed``; decreasing where the rows are not in order
-    of time (`replay` sends by time). The others never decrease. burst: all at 0. poisson: exponential gaps of mean 60 / rate. rising:
-    rate climbs by a sigmoid from ``min_rate_per_min`` to ``rate_per_min`` (reference code). fluctuating: see below.
+    of time (`replay` sends by time). The others never decrease. burst: all at 0. poisson: exponential gaps of mean
+    60 / rate. rising: rate climbs by a sigmoid from ``min_rate_per_min`` to ``rate_per_min`` (reference code).
+    fluctuating: see below.
     """
     if kind not in KINDS:
         raise InvalidInputError(f"unknown arrivals {kind!r}; there are {', '.join(KINDS)}, closed", field="arrivals")

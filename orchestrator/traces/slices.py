@@ -26,13 +26,13 @@ def by_time(slice_name: str | None, start: int, num_requests: int | None, warm_u
     if slice_name is None:
         return start, num_requests
     if slice_name == "reference-warm":
-        count = WARM_ROWS if num_requests is None else num_requests
-        first = FIRST_ROW + start - count
+        num_requests = WARM_ROWS if num_requests is None else num_requests
+        first = FIRST_ROW + start - num_requests
     else:
-        count, first = num_requests, FIRST_ROW + start - warm_up
+        first = FIRST_ROW + start - warm_up
     if first < 0:
         raise InvalidInputError(f"only {FIRST_ROW + start} rows come before the slice", field="warm_up")
-    return first, count
+    return first, num_requests
 
 
 def by_category(categories: Sequence[str], slice_name: str, num_requests: int | None, warm_up: int) -> list[int]:

@@ -218,3 +218,50 @@ def test_beyond_loopback_without_keys_it_does_not_start(environ: dict[str, str])
     assert done.returncode == 2
     assert "needs API keys" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_replay_through_qdrants_client(
+    settings: SettingsFactory, environ: dict[str, str], procs: Processes, tmp_path: Path
+) -> None:
+    """The other store backend under the same system: routes, cache admin and a restart agree with the embedded one."""
+    from tests.support.stack import start_stack
+
+    url = f"local:{tmp_path / 'qdrant'}"
+    env = environ | {"MODM_EMBEDDER": "fake", "MODM_WORKER__MODE": "pooled", "MODM_QDRANT_URL": url}
+    stack = start_stack(settings(qdrant_url=url), env, procs, workers=1)
+    file = trace(tmp_path / "t.jsonl", PROMPTS)
+    run = run_modm("submit-trace", str(file), "--concurrency", "1", "--json", env=stack.environ)
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    assert report["requests"]["done"] == len(PROMPTS)
+    assert report["hit_rate"] > 0
+    stack.restart_orchestrator()
+    assert stack.get("/v1/cache/stats")["namespaces"]["default"]["images"] == len(PROMPTS)
+    assert "clean" in run_modm("cache", "verify", env=stack.environ).stdout
+
+
+def test_a_large_worker_refines_with_the_large_model_under_published_roles(
+    settings: SettingsFactory, environ: dict[str, str], procs: Processes
+) -> None:
+    """Paper, section 4.2: a large worker without misses takes a hit and refines it with its own model, from step k."""
+    from modm_tasks.cluster import DesiredRole
+    from modm_tasks.ledger import Ledger
+    from tests.support.stack import start_stack
+
+    env = environ | {"MODM_EMBEDDER": "fake", "MODM_WORKER__MODE": "roles"}
+    stack = start_stack(settings(), env, procs, workers=1)
+    ledger = Ledger.from_settings(stack.settings)
+    worker = ledger.workers()[0].worker
+    ledger.set_desired_role(worker, DesiredRole(role="large", epoch=1))
+    (miss,) = send(stack, ["an old stone bridge"])
+    assert states(stack, [miss]) == ["done"]
+    models = []
+    for role in ("large", "small"):
+        ledger.set_desired_role(worker, DesiredRole(role=role, epoch=2))  # type: ignore[arg-type]
+        (hit,) = send(stack, ["an old stone bridge"])
+        assert states(stack, [hit]) == ["done"]
+        done = stack.client.get(f"/v1/requests/{hit}")
+        assert done["completion"]["steps_run"] == 50 - done["decision"]["skipped_steps"]
+        models.append(done["completion"]["model"])
+    assert models == ["scenes-large", "scenes-small"]
+    ledger.redis.close()

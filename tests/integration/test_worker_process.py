@@ -63,7 +63,7 @@ class Rig:
         def found() -> WorkerStatus | None:
             return next((w for w in self.ledger.workers() if w.pid != other_than), None)
 
-        status = wait_until(found, 60, "a ready worker")
+        status = wait_until(found, 120, f"a ready worker\n{self.procs.logs()}")
         assert status is not None
         return status
 

@@ -90,7 +90,7 @@ def test_csv_files_and_a_plot_are_written(tmp_path: Path) -> None:
     results = list(run(one_hot(0, 1, 0, 2, 0, 3, 4, 0), plan(sizes="1,2", policies="fifo,lru")))
     paths = write(results, tmp_path)
     assert {p.name for p in paths} == {"summary.csv", "hit_rate.csv", "gaps.csv", "reuse.csv", "cache_policies.png"}
-    rows = list(csv.DictReader((tmp_path / "summary.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "summary.csv").read_text().splitlines()))
     assert [(r["policy"], r["size"]) for r in rows] == [("fifo", "1"), ("fifo", "2"), ("lru", "1"), ("lru", "2")]
     assert (tmp_path / "cache_policies.png").read_bytes().startswith(b"\x89PNG")
 

@@ -1,0 +1,118 @@
+"""The moves that a worker makes: claim, renew, finish, fail, give back. All but the claim check the attempt first."""
+
+from __future__ import annotations
+
+from modm_tasks.ledger_prelude import PRELUDE
+
+#: queue, worker, lease_s
+CLAIM = (
+    PRELUDE
+    + """
+local ready = P .. 'ready:' .. ARGV[1]
+while true do
+  local head = redis.call('ZRANGE', ready, 0, 0)
+  if #head == 0 then return {'empty'} end
+  local id = head[1]
+  if redis.call('HGET', key(id), 'state') ~= 'queued' then
+    redis.call('ZREM', ready, id)
+  else
+    move(id, 'running', ARGV[2])
+    redis.call('HINCRBY', key(id), 'attempt', 1)
+    redis.call('HINCRBY', key(id), 'tries', 1)
+    redis.call('HSET', key(id), 'worker', ARGV[2], 'claimed_s', fmt(now), 'step', 0)
+    redis.call('ZADD', P .. 'running', now + tonumber(ARGV[3]), id)
+    return {'ok', id, redis.call('HGETALL', key(id))}
+  end
+end
+"""
+)
+
+_OWNED = """
+local id, attempt = ARGV[1], ARGV[2]
+if redis.call('HGET', key(id), 'state') ~= 'running' or redis.call('HGET', key(id), 'attempt') ~= attempt then
+  return {'lost'}
+end
+"""
+
+#: id, attempt, lease_s, step
+RENEW = (
+    PRELUDE
+    + _OWNED
+    + """
+redis.call('ZADD', P .. 'running', now + tonumber(ARGV[3]), id)
+if ARGV[4] ~= '' and redis.call('HGET', key(id), 'step') ~= ARGV[4] then
+  redis.call('HSET', key(id), 'step', ARGV[4])
+  redis.call('PUBLISH', P .. 'events', cjson.encode({id=id, state='running', step=tonumber(ARGV[4]), at=fmt(now)}))
+end
+if redis.call('HEXISTS', key(id), 'cancel') == 1 then return {'cancelled'} end
+return {'ok'}
+"""
+)
+
+#: id, attempt, completion JSON (without vector), vector, model, steps run, gpu_s
+FINISH = (
+    PRELUDE
+    + _OWNED
+    + """
+redis.call('HSET', key(id), 'completion', ARGV[3], 'ivec', ARGV[4])
+move(id, 'done', '')
+redis.call('ZADD', P .. 'unadmitted', now, id)
+local m = 'model:' .. ARGV[5]
+count(m .. ':n'); count(m .. ':steps', ARGV[6]); count(m .. ':gpu_s', ARGV[7])
+redis.call('HSET', P .. 'step_s', ARGV[5], string.format('%.6f',
+  0.8 * tonumber(redis.call('HGET', P .. 'step_s', ARGV[5]) or ARGV[7] / math.max(1, tonumber(ARGV[6])))
+  + 0.2 * ARGV[7] / math.max(1, tonumber(ARGV[6]))))
+return {'ok'}
+"""
+)
+
+#: id, attempt, error, retry (0/1), max tries
+FAIL = (
+    PRELUDE
+    + _OWNED
+    + """
+redis.call('HSET', key(id), 'error', ARGV[3])
+if ARGV[4] == '1' and tonumber(redis.call('HGET', key(id), 'tries')) < tonumber(ARGV[5]) then
+  count('retries')
+  enqueue(id, redis.call('HGET', key(id), 'queue'), 'again: ' .. ARGV[3])
+  return {'queued', redis.call('HGET', key(id), 'queue')}
+end
+move(id, 'failed', ARGV[3])
+return {'failed'}
+"""
+)
+
+#: id, attempt: back at the old rank, the try not counted
+GIVE_BACK = (
+    PRELUDE
+    + _OWNED
+    + """
+redis.call('HINCRBY', key(id), 'tries', -1)
+enqueue(id, redis.call('HGET', key(id), 'queue'), 'given back')
+return {'ok', redis.call('HGET', key(id), 'queue')}
+"""
+)
+
+#: id, attempt, decision JSON, note, extra field, extra value: queued as a miss
+REROUTE = (
+    PRELUDE
+    + _OWNED
+    + """
+redis.call('HINCRBY', key(id), 'tries', -1)
+local r = enqueue(id, 'large-gen', ARGV[4])
+redis.call('HSET', key(id), 'decision', ARGV[3])
+source(id, '')
+if ARGV[5] ~= '' then redis.call('HSET', key(id), ARGV[5], ARGV[6]) end
+count('rerouted')
+return {r}
+"""
+)
+
+#: id, attempt: stopped at a step boundary
+FINISH_CANCELLED = (
+    PRELUDE
+    + _OWNED
+    + """
+return {move(id, 'cancelled', 'at a step')}
+"""
+)

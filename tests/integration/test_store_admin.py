@@ -1,0 +1,451 @@
+"""Administration over HTTP and the CLI, against a served router on both backends; import, snapshot, reindex, purge."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from modm_tasks.client import Client
+from modm_tasks.errors import ConflictError, InvalidInputError, ModmError, NotFoundError
+from modm_tasks.image_store import ImageStore, path_for
+from modm_tasks.settings import CacheSettings, Settings
+from vector_store import admin, archive
+from vector_store.backends import open_backend
+from vector_store.cache import ImageCache
+from vector_store.cli import cache_app, parse_age_s
+from vector_store.embedder import HashEmbedder, Vector
+from vector_store.entries import ImageEntry
+from vector_store.http import build_router
+from vector_store.importer import import_folder
+from vector_store.reindex import Reindexer
+
+EMBEDDER = HashEmbedder()
+
+
+class OtherEmbedder(HashEmbedder):
+    """Another space: the same vectors turned around, under another name."""
+
+    identity = "fake-other"
+
+    def embed_images(self, images: Any) -> Vector:
+        return -super().embed_images(images)
+
+
+def uid(n: int) -> str:
+    return str(uuid.UUID(int=n + 1))
+
+
+def make_cache(home: Path, url: str = "edge:", identity: str = EMBEDDER.identity, **cache: Any) -> ImageCache:
+    settings = Settings(home=home, qdrant_url=url, cache=CacheSettings(**cache))
+    return ImageCache(open_backend(settings), identity, EMBEDDER.dim, settings, ImageStore(settings.image_root))
+
+
+@pytest.fixture(params=["edge:", "memory:"])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ImageCache]:
+    made = make_cache(tmp_path / "home", request.param)
+    yield made
+    made.close()
+
+
+class Served:
+    """The router on a real port, the client and the CLI."""
+
+    def __init__(self, cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cache = cache
+        self.purged: list[str] = []
+        self.in_use: set[str] = set()
+        app = FastAPI()
+        router = build_router(
+            lambda: cache,
+            lambda: EMBEDDER,
+            in_use=lambda asked: self.in_use.intersection(asked),
+            referenced=lambda asked: self.in_use.intersection(asked),
+            on_purge=self.purged.extend,
+        )
+        app.include_router(router, prefix="/v1/cache")
+        app.add_exception_handler(ModmError, _answer)
+        self.sock = socket.create_server(("127.0.0.1", 0))
+        self.server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.sock]})
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.sock.getsockname()[1]}"
+        monkeypatch.setenv("MODM_URL", self.url)
+
+    def modm(self, *args: str | Path) -> Result:
+        return CliRunner().invoke(cache_app, [str(a) for a in args])
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(timeout=10)
+        self.sock.close()
+
+
+def _answer(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ModmError)
+    body = {"error": {"code": error.code, "message": str(error), "field": error.field}}
+    return JSONResponse(body, status_code=error.http_status)
+
+
+@pytest.fixture
+def served(cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    made = Served(cache, monkeypatch)
+    yield made
+    made.stop()
+
+
+def png(prompt: str, colour: int = 0) -> bytes:
+    from modm_tasks.image_store import to_png
+
+    image = Image.new("RGB", (16, 16), (colour % 256, 80, 80))
+    image.info["modm:prompt"] = prompt
+    return to_png(image)
+
+
+def put(cache: ImageCache, n: int, prompt: str = "", **fields: Any) -> ImageEntry:
+    prompt = prompt or f"picture number{n}"
+    uri = cache.images.write_atomic(path_for(uid(n), 1), png(prompt, n))
+    values: dict[str, Any] = {"depth": 0, "created_s": 100.0 + n} | fields
+    entry = ImageEntry(id=uid(n), prompt=prompt, model="large", seed=n, size="16x16", uri=uri, **values)
+    return cache.add(entry, EMBEDDER.embed_texts([prompt])[0])
+
+
+def make_folder(folder: Path, n: int) -> Path:
+    folder.mkdir(parents=True)
+    for i in range(n):
+        (folder / f"{i:04}.png").write_bytes(png(f"picture number{i}", i))
+    rows = [json.dumps({"file": f"{i:04}.png", "prompt": f"picture number{i}", "seed": i}) for i in range(n)]
+    (folder / "captions.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def test_import_search_list_stats(served: Served, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "in", 40)
+    (folder / "broken.png").write_bytes(b"\x89PNG garbage")
+    (folder / "note.jpg").write_text("not an image")
+    done = served.modm("import", folder)
+    assert done.exit_code == 0, done.output
+    assert done.stdout == "imported 40, in the cache before 0, not imported 2\n"
+    assert "not imported: broken.png: " in done.stderr
+    assert "40/42" in done.stderr or "42/42" in done.stderr
+    again = served.modm("import", folder, "--json")
+    assert json.loads(again.stdout) | {"problems": []} == {"imported": 0, "skipped": 40, "problems": []}
+
+    found = served.modm("search", "picture number7", "--limit", "3", "--json")
+    rows = [json.loads(line) for line in found.stdout.splitlines()]
+    assert rows[0]["prompt"] == "picture number7"
+    assert rows[0]["similarity"] == pytest.approx(1, abs=1e-5)
+    assert (rows[0]["seed"], rows[0]["model"], rows[0]["depth"]) == (7, "imported", 0)
+    by_image = served.modm("search", folder / "0007.png", "--limit", "1", "--json")
+    assert json.loads(by_image.stdout)["id"] == rows[0]["id"]
+    for suffix, start in (("html", b"<!doctype html>"), ("png", b"\x89PNG")):
+        sheet = tmp_path / f"sheet.{suffix}"
+        assert served.modm("search", "picture <b>number7", "--sheet", sheet).exit_code == 0
+        assert sheet.read_bytes().startswith(start)
+    assert b"<b>" not in (tmp_path / "sheet.html").read_bytes()
+
+    listed = served.modm("list", "--limit", "5", "--json")
+    assert [json.loads(line)["seq"] for line in listed.stdout.splitlines()] == [40, 39, 38, 37, 36]
+    served.cache.touch(rows[0]["id"], "default", time.time(), 30)
+    stats = json.loads(served.modm("stats", "--json").stdout)
+    assert stats["namespaces"]["default"]["images"] == stats["files"] == 40
+    assert stats["namespaces"]["default"]["hits_by_k"] == {"30": 1}
+    assert stats["hit_age_s"]["p50"] >= 0
+    assert "default: 40 images, 1 hits (k=30: 1)" in served.modm("stats").stdout
+
+
+def test_export_can_be_imported_elsewhere(served: Served, tmp_path: Path) -> None:
+    for n in range(3):
+        put(served.cache, n, f"a prompt, №{n}")
+    assert served.modm("export", tmp_path / "out").stdout.startswith("exported 3 images")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
+    assert [(r["prompt"], r["seed"]) for r in rows] == [(f"a prompt, №{n}", n) for n in range(3)]
+    taken = served.modm("import", tmp_path / "out", "--namespace", "copy")
+    assert taken.stdout.startswith("imported 3")
+    assert {e.prompt for e in served.cache.iterate("copy")} == {r["prompt"] for r in rows}
+    assert served.modm("export", tmp_path / "out").exit_code == 2
+
+
+def test_snapshot_destroy_restore_verify(served: Served, tmp_path: Path) -> None:
+    for n in range(20):
+        put(served.cache, n)
+    served.cache.touch(uid(3), "default", 150.0, 25)
+    before = sorted(served.cache.iterate(), key=lambda e: e.seq)
+    file = tmp_path / "cache.tar"
+    assert "checksums good" in served.modm("snapshot", file).stdout
+    assert served.modm("clear").exit_code == 2
+    assert served.modm("clear", "--yes").stdout == "cleared 20\n"
+    assert list(served.cache.images.list()) == []
+    assert served.modm("restore", file).stdout == "restored 20 images of namespace default\n"
+    assert sorted(served.cache.iterate(), key=lambda e: e.seq) == before
+    assert served.modm("verify", "--deep").exit_code == 0
+    assert served.cache.search(EMBEDDER.embed_texts(["picture number3"])[0])[0].entry.id == uid(3)
+    assert put(served.cache, 50).seq == 21
+
+
+def rewrite(source: Path, target: Path, change: dict[str, bytes | None], extra: dict[str, bytes] | None = None) -> None:
+    """The same tar with some members changed, dropped or added."""
+    with tarfile.open(source) as old, tarfile.open(target, "w") as new:
+        for member in old:
+            data = old.extractfile(member).read()  # type: ignore[union-attr]
+            data = change.get(member.name, data) if member.name in change else data
+            if data is None:
+                continue
+            member.size = len(data)
+            new.addfile(member, io.BytesIO(data))
+        for name, data in (extra or {}).items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            new.addfile(info, io.BytesIO(data))
+
+
+def test_a_broken_snapshot_changes_nothing(cache: ImageCache, tmp_path: Path) -> None:
+    for n in range(3):
+        put(cache, n)
+    good, bad = tmp_path / "good.tar", tmp_path / "bad.tar"
+    good.write_bytes(b"".join(archive.snapshot_stream(cache)))
+    image = "images/" + path_for(uid(1), 1)
+    cases: list[dict[str, Any]] = [
+        {"change": {image: b"other bytes"}},
+        {"change": {image: None}},
+        {"change": {"SHA256SUMS": None}},
+        {"change": {"SHA256SUMS": None}, "extra": {"../evil": b"x"}},
+        {"change": {}, "extra": {"late": b"x"}},
+    ]
+    for case in cases:
+        rewrite(good, bad, **case)
+        with pytest.raises(InvalidInputError, match="snapshot"):
+            archive.restore(cache, bad, replace=True)
+    for cut in (0, 100, 1500, good.stat().st_size // 2):
+        bad.write_bytes(good.read_bytes()[:cut])
+        with pytest.raises(InvalidInputError, match="snapshot"):
+            archive.restore(cache, bad, replace=True)
+    with tarfile.open(bad, "w") as tar:
+        link = tarfile.TarInfo(image)
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    with pytest.raises(InvalidInputError, match="regular file"):
+        archive.restore(cache, bad)
+    with pytest.raises(NotFoundError):
+        archive.restore(cache, tmp_path / "none.tar")
+    assert cache.count() == 3
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_snapshot_of_another_embedder_is_refused(cache: ImageCache, tmp_path: Path) -> None:
+    put(cache, 1)
+    file = tmp_path / "a.tar"
+    file.write_bytes(b"".join(archive.snapshot_stream(cache)))
+    other = ImageCache(cache.backend, "fake-other", cache.dim, cache.settings, cache.images)
+    with pytest.raises(ConflictError, match="reindex"):
+        archive.restore(other, file)
+
+
+def test_verify_finds_and_mends(served: Served) -> None:
+    cache = served.cache
+    entries = [put(cache, n) for n in range(6)]
+    cache.images.delete(entries[0].uri)
+    cache.images.write_atomic(entries[1].uri, b"garbage")
+    for n in (70, 71):
+        cache.images.write_atomic(path_for(uid(n), 1), png("left over"))
+    served.in_use = {uid(71)}  # the ledger still refers to it: a result that is not cached
+    cache.backend.create("images_other-embedder_default", 8)
+    later = time.time() + 3600
+    report = admin.verify(cache, deep=True, now_s=later, referenced=lambda asked: served.in_use.intersection(asked))
+    assert report.checked == 6
+    assert report.vectors_without_file == [uid(0)]
+    assert report.unreadable_files == [uid(1)]
+    assert report.files_without_vector == [path_for(uid(70), 1)]
+    assert report.other_embedders == ["images_other-embedder_default"]
+    assert not report.clean
+    assert served.modm("verify").exit_code == 1
+    mended = served.modm("verify", "--repair", "--deep")
+    assert mended.exit_code == 0
+    assert "repaired 2" in mended.stdout
+    admin.verify(cache, repair=True, now_s=later, referenced=lambda asked: served.in_use.intersection(asked))
+    assert admin.verify(cache, deep=True, now_s=later, referenced=lambda a: served.in_use.intersection(a)).clean
+    assert {e.id for e in cache.iterate()} == {uid(n) for n in range(2, 6)}
+    assert cache.images.exists(path_for(uid(71), 1))
+
+
+def test_without_word_from_the_ledger_recent_files_are_left_alone(cache: ImageCache) -> None:
+    cache.images.write_atomic(path_for(uid(1), 1), png("a result"))
+    assert admin.verify(cache, repair=True, now_s=time.time() + 86_400).clean
+    assert admin.verify(cache, repair=True, now_s=time.time() + 3 * 86_400).repaired == 1
+
+
+def test_a_collection_of_another_dimension_is_wrong_and_repaired(cache: ImageCache) -> None:
+    cache.backend.create(cache.name("odd"), 8)
+    assert admin.verify(cache, now_s=0).wrong_dimension == [cache.name("odd")]
+    assert admin.verify(cache, repair=True, now_s=0).repaired == 1
+    assert cache.namespaces() == []
+
+
+def test_evict_by_each_rule(served: Served) -> None:
+    cache, now_s = served.cache, time.time()
+    for n in range(6):
+        put(cache, n, created_s=now_s - (5 - n) * 3600)
+    cache.touch(uid(5), "default", now_s, 30)
+    served.in_use = {uid(1)}
+    assert served.modm("evict", "--older-than", "210m").stdout == "evicted 1\n"
+    assert {e.id for e in cache.iterate()} == {uid(n) for n in (1, 2, 3, 4, 5)}
+    served.in_use = set()
+    assert json.loads(served.modm("evict", "--keep", "3", "--json").stdout)["evicted"] == 2
+    assert served.modm("evict", "--below", "1").stdout == "evicted 2\n"
+    assert {e.id for e in cache.iterate()} == {uid(5)}
+    assert len(list(cache.images.list())) == 1
+    for wrong in ((), ("--keep", "1", "--below", "2"), ("--older-than", "soon")):
+        assert served.modm("evict", *wrong).exit_code == 2
+
+
+def test_purge_reaches_everything_refined_from_it(served: Served) -> None:
+    cache = served.cache
+    put(cache, 1, "A Cat ", client="ann")
+    put(cache, 2, client="bob", source_id=uid(1), depth=1)
+    put(cache, 3, client="bob", source_id=uid(2), depth=2)
+    put(cache, 4, client="bob")
+    put(cache, 5, client="bob", source_id=uid(4), depth=1, namespace="other")
+    cache.remove("default", [uid(2)])
+    assert served.modm("purge", "--prompt", "a cat").stdout == "purged 2\n"
+    assert served.purged == [uid(1), uid(3)]
+    assert json.loads(served.modm("purge", "--image", uid(4), "--json").stdout)["purged"] == 2
+    assert cache.count() == cache.count("other") == 0
+    assert list(cache.images.list()) == []
+    put(cache, 6, client="ann")
+    put(cache, 7, client="bob")
+    assert served.modm("purge", "--client", "ann").stdout == "purged 1\n"
+    assert {e.id for e in cache.iterate()} == {uid(7)}
+    assert served.modm("purge").exit_code == 2
+    assert served.modm("purge", "--client", "a", "--prompt", "b").exit_code == 2
+
+
+def test_reindex_switches_at_the_end_and_goes_on_after_a_stop(cache: ImageCache) -> None:
+    for n in range(10):
+        put(cache, n)
+    cache.images.delete(path_for(uid(4), 1))
+    other = OtherEmbedder()
+    new = ImageCache(cache.backend, other.identity, cache.dim, cache.settings, cache.images)
+    first = Reindexer(new, other).step("default", batch=4)
+    assert (first.total, first.done, first.finished) == (10, 4, False)
+    assert new.count() == 0
+    fresh = put(new, 50)
+    assert fresh.seq == 1
+    states = list(Reindexer(new, other).run("default"))
+    assert states[-1].finished
+    assert (states[-1].done, states[-1].unreadable) == (9, 1)
+    assert {e.id for e in new.iterate()} == {uid(n) for n in range(10) if n != 4} | {uid(50)}
+    newest = sorted(new.iterate(), key=lambda e: e.seq)
+    assert [e.id for e in newest[-2:]] == [uid(9), uid(50)]
+    vector = new.vector_of(uid(3))
+    assert vector is not None
+    assert vector @ EMBEDDER.embed_texts(["picture number3"])[0] == pytest.approx(-1, abs=1e-5)
+    assert cache.namespaces() == []
+    assert [c for c in cache.backend.collections() if c.startswith("build_")] == []
+    assert Reindexer(new, other).namespaces() == []
+
+
+def test_reindex_by_command(served: Served) -> None:
+    old = ImageCache(served.cache.backend, "fake-old", EMBEDDER.dim, served.cache.settings, served.cache.images)
+    for n in range(5):
+        put(old, n)
+    assert "of another embedder: images_fake-old_default" in served.modm("stats").stdout
+    assert served.modm("reindex", "--keep-old").stdout == "default: 5 images embedded, 0 unreadable\n"
+    assert served.cache.count() == 5
+    assert old.count() == 5
+    assert served.modm("reindex").exit_code == 0
+    assert old.count() == 0
+    assert served.modm("reindex").stdout.startswith("nothing to do")
+
+
+def test_an_import_killed_half_way_is_resumed(tmp_path: Path) -> None:
+    folder, home = make_folder(tmp_path / "in", 2000), tmp_path / "home"
+    code = (
+        "import sys; from pathlib import Path; from modm_tasks.image_store import ImageStore;"
+        "from modm_tasks.settings import Settings; from vector_store.backends import open_backend;"
+        "from vector_store.cache import ImageCache; from vector_store.embedder import HashEmbedder;"
+        "from vector_store.importer import import_folder\n"
+        "s = Settings(home=Path(sys.argv[1])); e = HashEmbedder();"
+        "c = ImageCache(open_backend(s), e.identity, e.dim, s, ImageStore(s.image_root))\n"
+        "import_folder(c, e, Path(sys.argv[2]), progress=lambda p: print(p.done, flush=True))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(home), str(folder)], stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        while int(run.stdout.readline()) < 300:
+            pass
+        run.send_signal(signal.SIGKILL)
+        run.wait(timeout=10)
+    cache = make_cache(home)
+    before = cache.count()
+    assert 300 <= before < 2000
+    report = import_folder(cache, EMBEDDER, folder)
+    assert report.problems == []
+    assert (report.skipped, report.imported) == (before, 2000 - before)
+    assert cache.count() == 2000
+    assert {e.prompt for e in cache.iterate()} == {f"picture number{n}" for n in range(2000)}
+    assert admin.verify(cache, now_s=time.time() + 10 * 86_400).clean
+    cache.close()
+
+
+def test_hostile_uploads_are_refused_one_by_one(served: Served) -> None:
+    with Client(served.url) as client:
+        big = io.BytesIO()
+        Image.new("1", (5000, 5000)).save(big, format="PNG")
+        captions = [{"file": f, "prompt": "x"} for f in ("a.png", "b.png", "c.png")]
+        files = [("files", big.getvalue()), ("files", b"GIF89a"), ("files", png("fine"))]
+        answer = client.upload("/v1/cache/import", files, {"captions": json.dumps(captions)})
+        assert answer["imported"] == 1
+        assert [p["file"] for p in answer["problems"]] == ["a.png", "b.png"]
+        for captions_text in ("[", "{}", "[[[", json.dumps([{"file": "../a", "prompt": "x"}]), "[]"):
+            with pytest.raises(InvalidInputError):
+                client.upload("/v1/cache/import", files[2:], {"captions": captions_text})
+        with pytest.raises(ModmError, match=r"not a UUID"):
+            client.get("/v1/cache/entries/..%2f..%2fetc")
+        with pytest.raises(NotFoundError):
+            client.get(f"/v1/cache/entries/{uid(77)}/image")
+        for body in ({"text": "\ud800"}, {"text": ""}, {"text": "x", "namespace": "A/b"}, {"text": "x", "limit": 0}):
+            with pytest.raises(InvalidInputError):
+                client.post("/v1/cache/search", body)
+    assert served.cache.count() == 1
+
+
+def test_no_orchestrator_is_exit_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODM_URL", "http://127.0.0.1:9")
+    result = CliRunner().invoke(cache_app, ["stats"])
+    assert result.exit_code == 3
+    assert "modm up" in result.stderr
+
+
+def test_simulate_by_command(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.txt"
+    trace.write_text("".join(f"a picture of animal{n % 7}\n" for n in range(60)))
+    args = ["simulate", str(trace), "--embedder", "fake", "--sizes", "3,10", "--policies", "fifo,lru"]
+    result = CliRunner().invoke(cache_app, [*args, "--out", str(tmp_path / "out"), "--json"])
+    assert result.exit_code == 0, result.output
+    rows = {(r["policy"], r["size"]): r["hit_rate"] for r in json.loads(result.stdout)}
+    assert rows["fifo", 10] == pytest.approx(53 / 60)
+    assert rows["fifo", 3] < rows["fifo", 10]
+    assert len(list(csv.DictReader((tmp_path / "out" / "summary.csv").read_text().splitlines()))) == 4
+    assert CliRunner().invoke(cache_app, ["simulate"]).exit_code == 2
+
+
+@pytest.mark.parametrize(("text", "age_s"), [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("7d", 604_800)])
+def test_ages(text: str, age_s: float) -> None:
+    assert parse_age_s(text) == age_s
