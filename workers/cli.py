@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from modm_tasks.errors import ConfigError, ModmError, UnavailableError
+from modm_tasks.output import handle_errors
 
 if TYPE_CHECKING:
     from modm_tasks.queues import Role
@@ -34,6 +35,7 @@ def _row(entry: ModelEntry) -> dict[str, Any]:
 
 
 @models_app.command("list")
+@handle_errors
 def list_models(as_json: Json = False) -> None:
     """All models by name, with aliases, steps, guidance and memory."""
     from modm_tasks.settings import load_settings
@@ -51,6 +53,7 @@ def list_models(as_json: Json = False) -> None:
 
 
 @models_app.command("show")
+@handle_errors
 def show_model(name: str, as_json: Json = False) -> None:
     """One entry in full."""
     from modm_tasks.settings import load_settings
@@ -65,6 +68,7 @@ def show_model(name: str, as_json: Json = False) -> None:
 
 
 @models_app.command("pull")
+@handle_errors
 def pull_model(name: str) -> None:
     """Download a model's weights from the hub into its cache. Gated ones need HF_TOKEN."""
     from modm_tasks.settings import load_settings
@@ -75,6 +79,7 @@ def pull_model(name: str) -> None:
 
 
 @models_app.command("check")
+@handle_errors
 def check_model(name: str, steps: Annotated[int, typer.Option(min=1, max=50)] = 2, as_json: Json = False) -> None:
     """Load a model, draw and refine with a few steps, print memory and seconds per step."""
     from modm_tasks.settings import load_settings
@@ -94,6 +99,7 @@ def check_model(name: str, steps: Annotated[int, typer.Option(min=1, max=50)] = 
         typer.echo(f"{key:20} {value}")
 
 
+@handle_errors
 def worker_command(
     gpu: Annotated[str, typer.Option("--gpu", help="Index of the GPU; on a CPU machine just a number.")] = "0",
     all_gpus: Annotated[bool, typer.Option("--all-gpus", help="One worker for every GPU of this machine.")] = False,

@@ -15,7 +15,14 @@ import numpy as np
 import pytest
 from pydantic import SecretStr
 
-from modm_tasks.errors import ConfigError, ConflictError, InvalidInputError, NotFoundError, StoreInUseError, UnavailableError
+from modm_tasks.errors import (
+    ConfigError,
+    ConflictError,
+    InvalidInputError,
+    NotFoundError,
+    StoreInUseError,
+    UnavailableError,
+)
 from modm_tasks.settings import CacheSettings, Settings
 from vector_store.backends import Filter, Point, VectorBackend, open_backend
 from vector_store.embedder import Vector, unit_rows
