@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 from modm_tasks import errors
@@ -131,7 +131,7 @@ class Client:
         key = settings.api_key.get_secret_value() if settings.api_key else None
         return cls(base_url(settings), key, timeout_s=timeout_s, patience_s=patience_s)
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

@@ -143,7 +143,6 @@ class Settings(BaseSettings):
     redis_prefix: str = Field("modm:", pattern=r"^[a-zA-Z0-9:_-]*$", description="Prefix of every Redis key of ours.")
     log_format: Literal["auto", "json", "human"] = "auto"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    log_prompts: bool = Field(True, description="Whether prompts may appear in logs.")
     safety_hook: str = Field("", description="module:callable called with prompts and images; empty = none.")
     api: ApiSettings = ApiSettings()
     cache: CacheSettings = CacheSettings()

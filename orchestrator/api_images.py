@@ -7,15 +7,17 @@ guidance and negative prompt come as extra body fields.
 
 # Annotations are evaluated here, not postponed: FastAPI must see dependencies that are made inside functions.
 import base64
+import contextlib
 import io
 import time
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.concurrency import run_in_threadpool
 
-from modm_tasks.errors import EngineError, InvalidInputError, ModmError, UnavailableError
-from modm_tasks.messages import CacheMode, RequestRecord, State, SubmitRequest
+from modm_tasks.errors import ConflictError, EngineError, InvalidInputError, ModmError, UnavailableError
+from modm_tasks.messages import FINAL, CacheMode, RequestRecord, State, SubmitRequest
 from orchestrator.auth import Caller, Gate
 from orchestrator.service import Service
 
@@ -90,16 +92,16 @@ def router(gate: Gate) -> APIRouter:
     routes = APIRouter(prefix="/v1/images", tags=["openai"])
 
     @routes.post("/generations")
-    def generations(
+    async def generations(
         body: ImagesRequest, request: Request, caller: Annotated[Caller, Depends(gate.require("submit"))]
     ) -> ImagesResponse:
         """Draw ``n`` images and answer when they are done."""
         service: Service = request.app.state.service
         count = body.n or 1
         gate.admit(caller, count)
-        accepted = service.submit_many([_submission(body, i, caller) for i in range(count)])
-        until = time.monotonic() + HOLD_S
-        finished = [service.wait(r.id, max(0.0, until - time.monotonic())) for r in accepted]
+        submissions = [_submission(body, i, caller) for i in range(count)]
+        accepted = await run_in_threadpool(service.submit_many, submissions)
+        finished = [await _held(service, request, r.id) for r in accepted]
         for record in finished:
             _check(record)
         form, quality = body.output_format or "png", body.output_compression or 100
@@ -107,8 +109,8 @@ def router(gate: Gate) -> APIRouter:
         for record in finished:
             url = f"{str(request.base_url).rstrip('/')}/v1/requests/{record.id}/image"
             if body.response_format == "b64_json":
-                png = service.parts.images.read_bytes(service.image_uri(record.id))
-                data.append(ImageOut(b64_json=base64.b64encode(encode(png, form, quality)).decode(), id=record.id))
+                picture = await run_in_threadpool(_picture, service, record.id, form, quality)
+                data.append(ImageOut(b64_json=picture, id=record.id))
             else:
                 data.append(ImageOut(url=url, id=record.id))
         done = finished[0].completion
@@ -116,6 +118,23 @@ def router(gate: Gate) -> APIRouter:
         return ImagesResponse(created=int(time.time()), data=data, output_format=form, size=size)
 
     return routes
+
+
+def _picture(service: Service, request_id: str, form: str, quality: int) -> str:
+    png = service.parts.images.read_bytes(service.image_uri(request_id))
+    return base64.b64encode(encode(png, form, quality)).decode()
+
+
+async def _held(service: Service, request: Request, request_id: str) -> RequestRecord:
+    """Wait for the end. A client that hangs up leaves its request to go on, or has it cancelled (``on_disconnect``)."""
+    until = time.monotonic() + HOLD_S
+    while True:
+        record = await run_in_threadpool(service.wait, request_id, min(1.0, max(0.0, until - time.monotonic())))
+        if record.state in FINAL or time.monotonic() >= until:
+            return record
+        if service.settings.api.on_disconnect == "cancel" and await request.is_disconnected():
+            with contextlib.suppress(ConflictError):
+                await run_in_threadpool(service.cancel, request_id)
 
 
 def _check(record: RequestRecord) -> None:

@@ -40,7 +40,7 @@ def choose_ladder(settings: Settings) -> Ladder:
         return PUBLISHED
     raise ConfigError(
         f"no ladder is known for embedder {settings.embedder!r}: set MODM_ROUTING__LADDER_FILE "
-        "(`modm calibrate` writes one)",
+        "(`python -m ops.scenes.calibrate` shows how one is fitted)",
         field="routing.ladder_file",
     )
 

@@ -251,6 +251,42 @@ def sweep(
 
 @bench_app.command()
 @handle_errors
+def validate(
+    runs: Annotated[list[Path], typer.Argument(help="Report folders of `modm submit-trace --report`.")],
+    report: Annotated[Path | None, Opt(help="File for the result, JSON.")] = None,
+    json: Annotated[bool, Opt("--json", help="JSON on stdout.")] = False,
+) -> None:
+    """Simulate runs of the real stack again: throughput within 10 %, median latency within 15 %, else exit 4."""
+    import json as json_module
+
+    from modm_tasks.errors import GateError
+    from modm_tasks.output import table
+    from orchestrator.simulator.validate import validate as compare
+
+    found = [compare(folder) for folder in runs]
+    if report is not None:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(json_module.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if json:
+        print_json(found)
+    else:
+        table(
+            ["run", "served /min", "simulated", "p50 s", "simulated", "errors"],
+            [
+                [f["run"], f["real"]["served_per_min"], f["simulated"]["served_per_min"], f["real"]["latency_p50_s"],
+                 f["simulated"]["latency_p50_s"], "  ".join(f"{e:.1%}" for e in f["errors"].values())]
+                for f in found
+            ],
+        )  # fmt: skip
+    missed = [f["run"] for f in found if not f["passed"]]
+    if missed:
+        raise GateError(
+            f"the simulator is off for {', '.join(missed)}: over 10 % in throughput or 15 % in median latency"
+        )
+
+
+@bench_app.command()
+@handle_errors
 def ablation(
     embeddings: Annotated[Path, Opt(help="Vectors (.npy or .npz).")],
     ladder: Ladder = None,

@@ -18,7 +18,7 @@ def simulate_command(
     hit_rate: Annotated[float | None, Opt(help="Statistical similarities instead: this share of hits.")] = None,
     k_share: Annotated[str, Opt(help="P(k) of --hit-rate, e.g. 30:.5,25:.5; default all rungs alike.")] = "",
     ladder: Annotated[str | None, Opt(help="SIMILARITY:K,...; default the paper's.")] = None,
-    ladder_file: Annotated[Path | None, Opt(help="Ladder JSON of `modm calibrate`.")] = None,
+    ladder_file: Annotated[Path | None, Opt(help="Ladder JSON (docs/policies.md has its form).")] = None,
     warm_cache: Annotated[int, Opt(min=0, help="Rows in the cache at time 0; the rest arrive.")] = 0,
     gpus: Annotated[int, Opt(min=1, max=100_000, help="Workers, one per GPU.")] = 4,
     profile: Annotated[str | None, Opt(help="Device profile: mi210, a40, flux, or a TOML file.")] = None,

@@ -17,6 +17,7 @@ from modm_tasks.errors import ConflictError, InvalidInputError, RefusedError
 from modm_tasks.image_store import ImageStore
 from modm_tasks.ledger import Ledger
 from modm_tasks.messages import FINAL, RequestRecord, State, SubmitRequest, new_request_id
+from modm_tasks.safety import load_hook
 from modm_tasks.settings import Settings
 from orchestrator.decisions.routing import check_features, check_policy
 
@@ -51,6 +52,7 @@ class Service:
         self.parts = parts
         self.settings, self.ledger = parts.settings, parts.ledger
         self._health_problems = health_problems
+        self._hook = load_hook(parts.settings.safety_hook)
         self._started = time.monotonic()
         self._slo_s = 0.0
         self._slo_read = float("-inf")
@@ -99,6 +101,8 @@ class Service:
             check_policy(request.policy)
         if request.features is not None:
             check_features(request.features)
+        if self._hook is not None and (reason := self._hook(request.prompt, None)) is not None:
+            raise InvalidInputError(f"prompt: {reason}", field="prompt")
         limit = self.settings.num_inference_steps * 4
         if request.num_inference_steps is not None and request.num_inference_steps > limit:
             raise InvalidInputError(f"num_inference_steps must be at most {limit}", field="num_inference_steps")

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import inspect
 import json
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import huggingface_hub
 import torch
 import transformers
 from PIL import Image
@@ -33,7 +33,7 @@ diffusers.logging.disable_progress_bar()
 diffusers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
-huggingface_hub.logging.set_verbosity_error()
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True, kw_only=True)

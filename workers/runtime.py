@@ -20,6 +20,7 @@ from modm_tasks.errors import UnavailableError
 from modm_tasks.image_store import ImageStore
 from modm_tasks.ledger import Ledger
 from modm_tasks.messages import WorkerStatus
+from modm_tasks.safety import load_hook
 from modm_tasks.settings import Settings
 from workers.catalogue import canonical, check_pair
 from workers.engine import Engine
@@ -61,6 +62,7 @@ class Runtime:
     ) -> None:
         self.settings, self.worker = settings, worker
         self.engine, self.embedder, self.store, self.ledger = engine, embedder, store, ledger
+        self.safety_hook = load_hook(settings.safety_hook)
         self.busy_with: str | None = None
         self.unwell: str | None = None
         self._started_s = time.time()
@@ -76,7 +78,11 @@ class Runtime:
         engine = make_engine(settings)
         engine.load(served_models(settings))
         device = "cpu" if engine.device == "fake" else engine.device
-        embedder = load_embedder(settings.embedder, device)
+        logging.disable(logging.INFO)  # open_clip tells its life on the root logger
+        try:
+            embedder = load_embedder(settings.embedder, device)
+        finally:
+            logging.disable(logging.NOTSET)
         store, ledger = ImageStore(settings.image_root), Ledger.from_settings(settings)
         return cls(settings, worker=worker, engine=engine, embedder=embedder, store=store, ledger=ledger)
 

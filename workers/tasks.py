@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from celery.exceptions import Reject
 from celery.signals import (
     celeryd_after_setup,
+    setup_logging,
     worker_process_init,
     worker_process_shutdown,
     worker_shutdown,
@@ -76,6 +77,12 @@ def _send_token(queue: str, request_id: str) -> None:
         app.send_task(TASK_OF_QUEUE[queue], args=[request_id, 0, 0.0], queue=queue)
     except OperationalError as error:
         log.warning("token not sent: %s", error, extra={"request_id": request_id})
+
+
+@setup_logging.connect  # type: ignore[untyped-decorator]
+def own_logs(**_: Any) -> None:
+    """Celery's own lines in the form of all other processes; being connected here turns its own set-up off."""
+    logs.configure(get_settings(), "worker")
 
 
 def failure_file(settings: Settings, worker: str) -> Path:

@@ -63,7 +63,7 @@ def make_large(layers: int = LARGE_LAYERS) -> SD3Transformer2DModel:
 
 
 def make_small() -> SD3Transformer2DModel:
-    return make_mmdit(2, 64)
+    return make_mmdit(2, 96)
 
 
 def grow(shallow: dict[str, torch.Tensor], old_layers: int, new_layers: int) -> dict[str, torch.Tensor]:
@@ -197,7 +197,7 @@ def train_denoiser(
 SHALLOW_STAGE = StageConfig(name="large-shallow", steps=1700, learning_rate=1.2e-3, decay=0.0)
 LARGE_STAGE = StageConfig(name="large", steps=880, learning_rate=1.2e-3, decay=0.38)
 #: Stopped while it still learns: good enough to refine, and clearly worse than the large model from noise.
-SMALL_STAGE = StageConfig(name="small", steps=1600, learning_rate=2.5e-3, decay=0.5, ema=0.995)
+SMALL_STAGE = StageConfig(name="small", steps=3900, learning_rate=2.5e-3, decay=0.5, ema=0.995)
 
 
 def train_large(folder: Path) -> None:

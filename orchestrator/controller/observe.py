@@ -19,7 +19,7 @@ from orchestrator.decisions.snapshot import ClusterSnapshot
 
 #: So many waiting requests of a queue are looked at one by one; the rest count as the average of these.
 SAMPLE = 300
-#: The document with seconds per step by model that `modm profile` leaves: ``{"step_s": {model: seconds}}``.
+#: The document with seconds per step by model an operator may leave: ``{"step_s": {model: seconds}}``.
 PROFILE = "profile"
 #: Seconds of a small image over those of a large one until both are measured: SDXL and SD3.5-L on an MI210, 16.5 s and
 #: 91.5 s (modm-facts A9).

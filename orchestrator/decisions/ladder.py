@@ -29,7 +29,7 @@ class Ladder:
     embedder: str = ""
     refiner: str = ""
     #: Text-to-image cosine expected of an image whose prompt has text-to-text cosine s: slope * s + intercept, fitted by
-    #: `modm calibrate` for the embedder; (1, 0) where it was not fitted, which suits text-to-text ladders.
+    #: the calibration of the embedder; (1, 0) where it was not fitted, which suits text-to-text ladders.
     prediction: tuple[float, float] = (1.0, 0.0)
 
     def predict(self, text_similarity: float) -> float:

@@ -15,7 +15,11 @@ WorkersMode = Literal["pooled", "roles", "pooled-roles"]
 
 @dataclass(frozen=True, kw_only=True)
 class SimConfig:
-    """``large_s`` and ``small_s``: seconds of a full image on one GPU. ``admit``: refuse at arrival what would be late."""
+    """``large_s`` and ``small_s``: seconds of a full image on one GPU; ``overhead_s`` comes to every image.
+
+    ``turnaround_s``: seconds after which a user of the closed loop sends the next request.
+    ``admit``: refuse at arrival what would be late.
+    """
 
     gpus: int
     large_s: float
@@ -28,6 +32,8 @@ class SimConfig:
     variant: Variant = "paper"
     static_large: int = 1
     total_steps: int = 50
+    overhead_s: float = 0.0
+    turnaround_s: float = 0.0
     cache_capacity: int = 10_000
     cache_admission: Literal["all", "large-only"] = "all"
     period_s: float = 180.0

@@ -35,7 +35,8 @@ class Simulation:
     ) -> None:
         """``concurrency`` > 0: a closed loop; the times are ignored and each end lets the next request arrive."""
         self.config, self.source, self.concurrency = config, source, concurrency
-        self.open = 0
+        #: When the users of a closed loop send their next requests; it only grows, as time does.
+        self.slots = deque([0.0] * concurrency)
         self.arrivals = [float(t) for t in arrivals_s]
         n, warm = max(source.n, source.warm + len(self.arrivals)), source.warm
         self.now = 0.0
@@ -82,7 +83,7 @@ class Simulation:
         while True:
             at = arrivals[next_arrival] if next_arrival < total else float("inf")
             if self.concurrency and next_arrival < total:
-                at = self.now if self.open < self.concurrency else float("inf")
+                at = self.slots[0] if self.slots else float("inf")
             event_s = events[0][0] if events else float("inf")
             if at == event_s == float("inf"):
                 break
@@ -98,6 +99,8 @@ class Simulation:
                     self._tired(row)
             else:
                 self.now = at
+                if self.concurrency:
+                    self.slots.popleft()
                 self._arrived(warm + next_arrival)
                 next_arrival += 1
         self.outcome.close(self)
@@ -108,19 +111,22 @@ class Simulation:
     def _arrived(self, row: int) -> None:
         self.windows.count(self.now, "arrivals")
         self.rank[row] = self.outcome.arrival[row] = self.now
-        self.open += 1
         decision = self.router.decide(row, inflight=True)
         if self._refused(row, decision):
             return
         if decision.route is Route.STORED:
             self.state[row] = DONE
-            self.open -= 1
+            self._ended()
             self.outcome.stored(row, self.now, decision)
             return
         if decision.waits_on is not None:
             self._wait(row, decision)
         else:
             self._enqueue(row, decision)
+
+    def _ended(self) -> None:
+        if self.concurrency:
+            self.slots.append(self.now + self.config.turnaround_s)
 
     def _refused(self, row: int, decision: Decision) -> bool:
         c = self.config
@@ -134,7 +140,7 @@ class Simulation:
         if retry_s <= 0:
             return False
         self.state[row] = REFUSED
-        self.open -= 1
+        self._ended()
         self.windows.count(self.now, "refused")
         self.outcome.refused(row, self.now, retry_s)
         return True
@@ -208,7 +214,7 @@ class Simulation:
         worker = int(self.outcome.worker[row])
         self.end_sum -= self.now
         self.state[row] = DONE
-        self.open -= 1
+        self._ended()
         decision = self.decisions[row]
         assert decision is not None
         self.outcome.finished(row, self.now)
@@ -256,7 +262,7 @@ class Simulation:
         self.chain[row] = 0
         if decision.route is Route.STORED:
             self.state[row] = DONE
-            self.open -= 1
+            self._ended()
             self.outcome.stored(row, self.now, decision)
         else:
             self._enqueue(row, decision)

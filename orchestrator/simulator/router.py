@@ -110,5 +110,5 @@ class SimulatedRouter:
         sim = self.sim
         share = 1 - decision.skipped_steps / sim.config.total_steps
         if decision.route is Route.LARGE_GEN:
-            return sim.large_s * sim.steps / sim.config.total_steps
-        return (sim.large_s if large else sim.small_s) * share
+            return sim.config.overhead_s + sim.large_s * sim.steps / sim.config.total_steps
+        return sim.config.overhead_s + (sim.large_s if large else sim.small_s) * share

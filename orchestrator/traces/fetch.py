@@ -22,7 +22,6 @@ DATASETS = {
     "diffusiondb": f"{HUB}/poloclub/diffusiondb/resolve/main/metadata.parquet",
     "mjhq": f"{HUB}/playgroundai/MJHQ-30K/resolve/main/meta_data.json",
 }
-CHUNK = 1 << 20
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -81,11 +80,13 @@ def _download(url: str, part: Path) -> str | None:
 
 def _resume(part: Path) -> dict[str, str]:
     """Ask for the rest, and only if it is still the rest of the same file."""
-    have = part.stat().st_size if part.exists() else 0
-    if not have:
-        return {}
-    tag = part.with_name(part.name + ".etag")
-    return {"range": f"bytes={have}-"} | ({"if-range": tag.read_text()} if tag.exists() else {})
+    headers = {"accept-encoding": "identity"}  # a range counts bytes of the file, not of its compressed form
+    if part.exists() and (have := part.stat().st_size):
+        headers["range"] = f"bytes={have}-"
+        tag = part.with_name(part.name + ".etag")
+        if tag.exists():
+            headers["if-range"] = tag.read_text()
+    return headers
 
 
 def _save(answer: httpx.Response, part: Path) -> None:
@@ -96,7 +97,7 @@ def _save(answer: httpx.Response, part: Path) -> None:
     if etag.startswith('"'):  # a weak one may not guard a range
         part.with_name(part.name + ".etag").write_text(etag)
     with part.open("ab" if resumed else "wb") as file, _progress(part.name.removesuffix(".part"), total) as shown:
-        for chunk in answer.iter_bytes(CHUNK):
+        for chunk in answer.iter_raw():  # as it comes: a chunk size of ours would throw away what an outage cuts short
             file.write(chunk)
             done += len(chunk)
             shown(done)

@@ -17,7 +17,9 @@ from tests.support.processes import ROOT
 pytestmark = pytest.mark.slow
 
 
-def run(*command: str | Path, cwd: Path, env: dict[str, str], timeout_s: float = 150) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str | Path, cwd: Path, env: dict[str, str], timeout_s: float = 150
+) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout_s, check=False
     )
@@ -72,7 +74,9 @@ def test_wheel_holds_the_data_and_no_tests(wheel: Path) -> None:
 def test_version_outside_the_checkout(installed: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     bin_, env = installed
     assert run(bin_ / "modm", "--version", cwd=tmp_path, env=env).stdout.startswith("modm ")
-    where = run(bin_ / "python", "-c", "import orchestrator; print(orchestrator.__file__)", cwd=tmp_path, env=env).stdout
+    where = run(
+        bin_ / "python", "-c", "import orchestrator; print(orchestrator.__file__)", cwd=tmp_path, env=env
+    ).stdout
     assert where.startswith(str(tmp_path))
 
 

@@ -6,35 +6,31 @@ import csv
 import io
 import json
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
 from PIL import Image
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from modm_tasks.client import Client
 from modm_tasks.errors import ConflictError, InvalidInputError, ModmError, NotFoundError
 from modm_tasks.image_store import ImageStore, path_for
 from modm_tasks.settings import CacheSettings, Settings
+from tests.support.cache import Served
 from vector_store import admin, archive
 from vector_store.backends import open_backend
 from vector_store.cache import ImageCache
 from vector_store.cli import cache_app, parse_age_s
 from vector_store.embedder import HashEmbedder, Vector
 from vector_store.entries import ImageEntry
-from vector_store.http import build_router
 from vector_store.importer import import_folder
 from vector_store.reindex import Reindexer
 
@@ -64,45 +60,6 @@ def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ImageCache
     made = make_cache(tmp_path / "home", request.param)
     yield made
     made.close()
-
-
-class Served:
-    """The router on a real port, the client and the CLI."""
-
-    def __init__(self, cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.cache = cache
-        self.purged: list[str] = []
-        self.in_use: set[str] = set()
-        app = FastAPI()
-        router = build_router(
-            lambda: cache,
-            lambda: EMBEDDER,
-            in_use=lambda asked: self.in_use.intersection(asked),
-            referenced=lambda asked: self.in_use.intersection(asked),
-            on_purge=self.purged.extend,
-        )
-        app.include_router(router, prefix="/v1/cache")
-        app.add_exception_handler(ModmError, _answer)
-        self.sock = socket.create_server(("127.0.0.1", 0))
-        self.server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.sock]})
-        self.thread.start()
-        self.url = f"http://127.0.0.1:{self.sock.getsockname()[1]}"
-        monkeypatch.setenv("MODM_URL", self.url)
-
-    def modm(self, *args: str | Path) -> Result:
-        return CliRunner().invoke(cache_app, [str(a) for a in args])
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(timeout=10)
-        self.sock.close()
-
-
-def _answer(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, ModmError)
-    body = {"error": {"code": error.code, "message": str(error), "field": error.field}}
-    return JSONResponse(body, status_code=error.http_status)
 
 
 @pytest.fixture
@@ -420,9 +377,13 @@ def test_hostile_uploads_are_refused_one_by_one(served: Served) -> None:
             client.get("/v1/cache/entries/..%00etc")
         with pytest.raises(NotFoundError):
             client.get(f"/v1/cache/entries/{uid(77)}/image")
-        for body in ({"text": "\ud800"}, {"text": ""}, {"text": "x", "namespace": "A/b"}, {"text": "x", "limit": 0}):
+        for body in ({"text": ""}, {"text": "x", "namespace": "A/b"}, {"text": "x", "limit": 0}, {"text": "x", "y": 1}):
             with pytest.raises(InvalidInputError):
                 client.post("/v1/cache/search", body)
+    half_a_pair = httpx.post(
+        f"{served.url}/v1/cache/search", content=b'{"text": "\\ud800"}', headers={"content-type": "application/json"}
+    )
+    assert half_a_pair.status_code == 422
     assert served.cache.count() == 1
 
 

@@ -29,6 +29,7 @@ from modm_tasks.logs import HumanFormatter, JsonFormatter
 from modm_tasks.messages import SubmitRequest, new_request_id, parse_size, seed_of
 from modm_tasks.queues import ROLE_QUEUES, queues_of, role_of
 from modm_tasks.redis_client import redis_url
+from modm_tasks.safety import load_hook
 from modm_tasks.settings import load_settings
 from orchestrator.api import error_body
 from orchestrator.auth import Gate, KeyFile, check_listen, is_loopback
@@ -252,3 +253,26 @@ def test_open_requests_grow_and_reuse_rows() -> None:
     assert kept is not None
     (nearest, score), *_ = requests.most_similar(kept[1], namespace="n", size=None, client=None, before=1e9, limit=1)
     assert (nearest.id, round(score, 4)) == ("299", 1.0)
+
+
+# --- the safety hook ----------------------------------------------------------------------------------------------
+
+
+def broken_hook(prompt: str, image: object) -> str | None:
+    raise RuntimeError(prompt)
+
+
+def test_the_safety_hook_refuses_with_a_reason_and_a_broken_one_refuses_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_hook("") is None
+    monkeypatch.setenv("REFUSED_WORDS", "sword, gun")
+    hook = load_hook("modm_tasks.safety:refuse_words")
+    assert hook is not None
+    assert hook("a red circle", None) is None
+    assert "sword" in (hook("a Sword in a stone", None) or "")
+    monkeypatch.setitem(sys.modules, "hooks_of_the_test", sys.modules[__name__])
+    broken = load_hook("hooks_of_the_test:broken_hook")
+    assert broken is not None
+    assert broken("x", None) == "the safety check failed"
+    for name in ("nothing.here:x", "modm_tasks.safety:nothing", "modm_tasks.safety"):
+        with pytest.raises(ConfigError, match="safety_hook"):
+            load_hook(name)

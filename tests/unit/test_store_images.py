@@ -62,7 +62,8 @@ def test_an_empty_store_lists_nothing(store: ImageStore) -> None:
 
 
 @pytest.mark.parametrize(
-    "uri", ["../../etc/passwd", "/etc/passwd", "aa/../../x", f"00/{ID}-1.png/..", f"ff/{ID}-1.png", f"00/{ID}-1.jpg", ""]
+    "uri",
+    ["../../etc/passwd", "/etc/passwd", "aa/../../x", f"00/{ID}-1.png/..", f"ff/{ID}-1.png", f"00/{ID}-1.jpg", ""],
 )
 def test_foreign_names_are_refused_everywhere(store: ImageStore, uri: str) -> None:
     for call in (store.read_bytes, store.delete, lambda u: store.write_atomic(u, b"x")):

@@ -1,0 +1,155 @@
+"""Speed of the front: submit to queued, with 10,000 cached images, at a steady rate and in a burst.
+
+A real orchestrator process over HTTP with a real Redis; the shipped hash embedder stands for CLIP, so the figures exclude
+embedding. No worker runs: the queue only grows, which is the front's worst case. Prints one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from modm_tasks.errors import UnavailableError
+from modm_tasks.image_store import ImageStore, path_for
+from modm_tasks.ledger import Ledger
+from modm_tasks.messages import new_request_id
+from modm_tasks.settings import Settings, load_settings
+from ops.redis_server import free_port, start_redis
+from orchestrator.report.machine import describe
+from vector_store.backends import open_backend
+from vector_store.cache import ImageCache
+from vector_store.embedder import load_embedder
+from vector_store.entries import ImageEntry
+
+
+def fill_cache(settings: Settings, count: int) -> None:
+    """Entries with random words, without files: the front looks at vectors and payloads only."""
+    embedder, backend = load_embedder("fake"), open_backend(settings)
+    cache = ImageCache(backend, embedder.identity, embedder.dim, settings, ImageStore(settings.image_root))
+    rng = np.random.default_rng(0)
+    for start in range(0, count, 500):
+        ids = [new_request_id() for _ in range(start, min(start + 500, count))]
+        prompts = [" ".join(f"w{w}" for w in rng.integers(0, 3000, 8)) for _ in ids]
+        vectors = embedder.embed_texts(prompts)
+        entries = [
+            ImageEntry(id=i, prompt=p, model="m", seed=0, size="64x64", depth=0, created_s=0.0, uri=path_for(i, 1))
+            for i, p in zip(ids, prompts, strict=True)
+        ]
+        cache.add_many(list(zip(entries, vectors, strict=True)))
+    cache.close()
+
+
+def percentiles(values_ms: list[float]) -> dict[str, float]:
+    p50, p95, p99 = np.percentile(values_ms, [50, 95, 99])
+    return {"p50_ms": round(float(p50), 2), "p95_ms": round(float(p95), 2), "p99_ms": round(float(p99), 2)}
+
+
+def load(url: str, *, rate_per_s: float, seconds: float, threads: int = 16) -> tuple[list[str], list[float], float]:
+    """Submit at a steady rate: (ids, client-side milliseconds of each call, rate reached per second)."""
+    total = int(rate_per_s * seconds)
+    ids: list[str] = []
+    calls_ms: list[float] = []
+    lock = threading.Lock()
+    began = time.monotonic()
+    rng = np.random.default_rng(1)
+    prompts = [" ".join(f"w{w}" for w in rng.integers(0, 3000, 8)) for _ in range(total)]
+
+    def work(thread: int) -> None:
+        with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
+            for index in range(thread, total, threads):
+                delay = began + index / rate_per_s - time.monotonic()
+                if delay > 0:
+                    threading.Event().wait(delay)
+                at = time.perf_counter()
+                answer = client.post("/v1/requests", json={"prompt": prompts[index]})
+                took = (time.perf_counter() - at) * 1000
+                with lock:
+                    ids.append(answer.json()["id"])
+                    calls_ms.append(took)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for future in [pool.submit(work, t) for t in range(threads)]:
+            future.result()
+    return ids, calls_ms, total / (time.monotonic() - began)
+
+
+def wait_routed(ledger: Ledger, timeout_s: float = 60.0) -> None:
+    until = time.monotonic() + timeout_s
+    while ledger.counts()["accepted"]:
+        if time.monotonic() > until:
+            raise UnavailableError("requests are still unrouted after a minute")
+        threading.Event().wait(0.05)
+
+
+def measure(*, cached: int, rate_per_s: float, seconds: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        redis = start_redis(home / "redis")
+        url = f"http://127.0.0.1:{(port := free_port())}"
+        environ = {k: v for k, v in os.environ.items() if not k.startswith("MODM_")} | {
+            "MODM_HOME": str(home), "MODM_REDIS_URL": redis.url, "MODM_EMBEDDER": "fake", "MODM_API__PORT": str(port),
+            "MODM_CACHE__CAPACITY": str(10 * cached), "MODM_SLO__MAX_OPEN_REQUESTS": "1000000", "MODM_LOG_LEVEL": "WARNING",
+        }  # fmt: skip
+        settings = load_settings(home=home, redis_url=redis.url, cache={"capacity": 10 * cached})
+        fill_cache(settings, cached)
+        front = subprocess.Popen([sys.executable, "-m", "orchestrator.cli", "orchestrator"], env=environ)
+        try:
+            _wait_ready(url, front)
+            ledger = Ledger.from_settings(settings)
+            ids, calls_ms, reached = load(url, rate_per_s=rate_per_s, seconds=seconds)
+            wait_routed(ledger)
+            queued_ms = [
+                1000 * (r.queued_s - r.accepted_s) for r in ledger.get_many(ids) if r.queued_s is not None
+            ]
+        finally:
+            front.terminate()
+            front.wait(20)
+            redis.stop()
+    return {
+        "machine": describe(),
+        "cached_images": cached,
+        "asked_per_s": rate_per_s,
+        "reached_per_s": round(reached, 1),
+        "requests": len(ids),
+        "call": percentiles(calls_ms),
+        "accepted_to_queued": percentiles(queued_ms),
+    }
+
+
+def _wait_ready(url: str, front: subprocess.Popen[bytes], timeout_s: float = 60.0) -> None:
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        if front.poll() is not None:
+            raise UnavailableError("the orchestrator did not start")
+        try:
+            if httpx.get(f"{url}/readyz", timeout=2, trust_env=False).is_success:
+                return
+        except httpx.TransportError:
+            threading.Event().wait(0.1)
+    raise UnavailableError("the orchestrator is not ready after a minute")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m ops.benchmarks.front", description=__doc__)
+    parser.add_argument("--cached", type=int, default=10_000)
+    parser.add_argument("--rate-per-s", type=float, default=200.0)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    given = parser.parse_args(argv)
+    found = measure(cached=given.cached, rate_per_s=given.rate_per_s, seconds=given.seconds)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
