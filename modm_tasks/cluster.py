@@ -29,12 +29,12 @@ class DesiredRole(BaseModel):
 class Control(BaseModel):
     """What may be changed while the system runs; None = as in the settings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     mode: Mode | None = None
     allocation: str | None = None
     static_large: int | None = Field(None, ge=0)
     period_s: float | None = Field(None, gt=0)
-    bucket_s: float | None = Field(None, gt=0)
+    bucket_s: float | None = Field(None, ge=0.01, le=3600)
     degradation: int = Field(0, ge=0, description="Steps of quality given up under overload.")
     refuse_until_s: float = Field(0.0, description="Unix seconds until which new work is refused.")
     verify_floor: float | None = Field(None, description="CLIP score below which a refined image is drawn again.")

@@ -255,7 +255,7 @@ class Ledger(ClusterState):
     def log(self, request_id: str) -> list[tuple[float, str, str]]:
         """Every transition: (Unix s, state, note)."""
         rows = []
-        for line in (self.field(request_id, "log") or "").splitlines():
+        for line in (self.field(request_id, "log") or "").split("\n")[:-1]:
             at, state, note = [*line.split(" ", 2), "", ""][:3]
             rows.append((float(at), state, note.strip()))
         return rows

@@ -43,6 +43,7 @@ local function finalise(id, state)
   local src = redis.call('HGET', key(id), 'source_id')
   if src then
     if redis.call('HINCRBY', P .. 'sources', src, -1) <= 0 then redis.call('HDEL', P .. 'sources', src) end
+    redis.call('HDEL', key(id), 'source_id') -- a retry must not release it a second time
   end
   count(state)
   local arrival = tonumber(redis.call('HGET', key(id), 'arrival_s') or '0')
@@ -65,7 +66,8 @@ local function move(id, new, note)
   redis.call('HSET', key(id), 'state', new)
   local log = redis.call('HGET', key(id), 'log') or ''
   if #log < 8000 then
-    redis.call('HSET', key(id), 'log', log .. fmt(now) .. ' ' .. new .. ' ' .. (note or '') .. '\\n')
+    local line = string.gsub(note or '', '%c', ' ') -- one transition, one line, whatever an error says
+    redis.call('HSET', key(id), 'log', log .. fmt(now) .. ' ' .. new .. ' ' .. line .. '\\n')
   end
   if FINAL[new] then finalise(id, new) end
   redis.call('PUBLISH', P .. 'events', cjson.encode({id=id, state=new, at=fmt(now)}))

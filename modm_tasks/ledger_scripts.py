@@ -173,7 +173,7 @@ RETRY = (
 local id = ARGV[1]
 if redis.call('HGET', key(id), 'state') ~= 'failed' then return {'conflict'} end
 redis.call('HSET', key(id), 'state', 'accepted', 'tries', 0, 'rank', fmt(now))
-redis.call('HDEL', key(id), 'done_s', 'error', 'queued_s', 'claimed_s')
+redis.call('HDEL', key(id), 'done_s', 'error', 'queued_s', 'claimed_s', 'cancel')
 redis.call('ZREM', P .. 'failed', id); redis.call('ZREM', P .. 'finished', id)
 redis.call('ZADD', P .. 'open', now, id); redis.call('ZADD', P .. 'accepted', now, id)
 local client = redis.call('HGET', key(id), 'client')

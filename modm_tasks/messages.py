@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 SCHEMA_VERSION = 1
 MAX_PROMPT_CHARS = 4000
 MAX_SIDE_PX = 4096
+MAX_UNIX_S = 4_102_444_800  # the year 2100: no clock says more, and sums of latencies stay finite
 
 CacheMode = Literal["auto", "bypass", "refresh", "no-store"]
 Namespace = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,47}$")]
@@ -78,7 +79,9 @@ class SubmitRequest(Message):
     features: str | None = Field(None, max_length=200, description="modm-plus mechanisms for this request")
     min_similarity: float | None = Field(None, ge=0, le=1)
     deadline_s: float | None = Field(None, gt=0, le=86_400, description="SLO, seconds from the intended arrival")
-    arrival_s: float | None = Field(None, description="Intended arrival, Unix seconds; None = now")
+    arrival_s: float | None = Field(
+        None, ge=0, le=MAX_UNIX_S, allow_inf_nan=False, description="Intended arrival, Unix seconds; None = now"
+    )
     idempotency_key: str | None = Field(None, max_length=200)
     warm_up: bool = False
 

@@ -33,7 +33,9 @@ Say = Callable[[str], None]
 MODM = (sys.executable, "-m", "orchestrator.cli")
 #: What is ended together, in this order; a name belongs to the first tier whose word it starts with.
 TIERS = (("flower",), ("worker",), ("controller", "orchestrator"), ("redis",))
-READY_S = 180.0
+#: Large models load for minutes; a process that dies is noticed at once, so patience costs nothing.
+READY_S = 900.0
+TELL_EVERY_S = 15.0
 
 
 class UpOptions(BaseModel):
@@ -169,7 +171,7 @@ class Starter:
             answer = httpx.get(f"{self.state.url}/readyz", timeout=5, trust_env=False)
             said = answer.json()
         except (httpx.HTTPError, ValueError) as error:
-            return type(error).__name__
+            return f"is starting ({type(error).__name__})"
         # Workers come later; without one the service itself is ready to take work.
         return None if answer.is_success else "; ".join(map(str, said.get("problems", ["not ready"])))
 
@@ -187,10 +189,14 @@ class Starter:
 
     def wait(self, name: str, problem: Callable[[], str | None]) -> None:
         """Until ``problem`` is None. A process that ends meanwhile, whichever it is, ends the wait with its log."""
-        deadline = time.monotonic() + self.options.ready_timeout_s
+        began = told = time.monotonic()
         while (last := problem()) is not None:
             self.check_alive()
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now - told > TELL_EVERY_S:
+                told = now
+                self.say(f"{name}: {last} ({now - self.began:.0f} s)")
+            if now - began > self.options.ready_timeout_s:
                 self._show_tail(name)
                 raise UnavailableError(f"{name} is not ready after {self.options.ready_timeout_s:g} s: {last}")
             time.sleep(0.05 if name == "redis" else 0.2)

@@ -144,20 +144,29 @@ def check_listen(settings: Settings) -> None:
 
 
 class Gate:
-    """Checks callers. Without a key file everybody is let in (loopback, or told so); with one, only keys are."""
+    """Checks callers. Without keys everybody is let in, unless ``required``; with keys, only they are.
 
-    def __init__(self, keys: KeyFile, *, default_per_min: int = 0) -> None:
+    ``required`` holds beyond loopback: there a revoked last key, or a lost file, must not open the service to all.
+    """
+
+    def __init__(self, keys: KeyFile, *, default_per_min: int = 0, required: bool = False) -> None:
         self.keys = keys
+        self.required = required
         self.default_per_min = default_per_min
         self.limiter = RateLimiter()
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Gate:
-        return cls(KeyFile(keys_path(settings)), default_per_min=settings.api.requests_per_min_per_client)
+        api = settings.api
+        return cls(
+            KeyFile(keys_path(settings)),
+            default_per_min=api.requests_per_min_per_client,
+            required=not (is_loopback(api.host) or api.allow_open),
+        )
 
     def caller(self, authorization: str | None) -> Caller:
         """Raises UnauthorizedError without a valid ``Bearer`` key, where keys are in use."""
-        if not self.keys.load():
+        if not self.keys.load() and not self.required:
             return Caller()
         scheme, _, secret = (authorization or "").partition(" ")
         key = self.keys.find(secret.strip()) if scheme.lower() == "bearer" else None

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ops.scenes.calibrate import Rung, chain_similarity, read_ladder, rung_depth
+from ops.scenes.calibrate import BAND, Rung, chain_similarity, read_ladder
 from ops.scenes.captions import caption
 from ops.scenes.card import write_card
 from ops.scenes.classifier import attribute_accuracy
@@ -84,7 +84,11 @@ def evaluate_refining(
     work: Path,
     processes: int,
 ) -> tuple[list[Figures], dict[int, list[tuple[str, Image.Image, str, Image.Image]]]]:
-    """Every rung: prompts refined from large pictures whose similarity falls on that rung, against large itself."""
+    """Every rung: prompts refined from large pictures whose similarity falls on that rung, against large itself.
+
+    A rung reaches up to the next one, but at least `BAND` far: the deepest rungs lie so close together that too few
+    pairs would fall between them.
+    """
     chained = [p for p in prompts if p.chain >= 0]
     images = list(large_images[: len(chained)])
     similarity = chain_similarity(chained, embed_texts([p.text for p in chained]), embed_images(images))
@@ -92,9 +96,9 @@ def evaluate_refining(
     pairs: dict[int, list[tuple[int, int]]] = {r.skipped_steps: [] for r in rungs}
     for i, p in enumerate(chained):
         for member in range(CHAIN_LENGTH):
-            depth = rung_depth(rungs, float(similarity[i, member]))
-            if depth:
-                pairs[depth].append((i, p.chain * CHAIN_LENGTH + member))
+            for rung, upper in zip(rungs, [1.0, *(r.min_similarity for r in rungs)], strict=False):
+                if rung.min_similarity <= similarity[i, member] < max(upper, rung.min_similarity + BAND):
+                    pairs[rung.skipped_steps].append((i, p.chain * CHAIN_LENGTH + member))
     figures: list[Figures] = []
     shown: dict[int, list[tuple[str, Image.Image, str, Image.Image]]] = {}
     for rung in rungs:

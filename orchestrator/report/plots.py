@@ -35,6 +35,12 @@ def figure(draw: Callable[[Any], None], *, width: float = 6.4, height: float = 3
         plt.close(drawing)
 
 
+def _legend(axes: Any) -> None:
+    """None where nothing was drawn: a run of which every request was refused still has its page."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(**LEGEND)
+
+
 def _name(report: Report) -> str:
     return str(report.get("name") or report["policy"])
 
@@ -52,7 +58,7 @@ def latency_cdf(latencies: Mapping[str, Sequence[float]], slo_s: float | None = 
             axes.axvline(slo_s, color="#666666", linestyle="--", linewidth=1, label="2x SLO")
         axes.set(xlabel="latency from intended arrival, s", ylabel="share of requests", ylim=(0, 1.02))
         axes.set_xlim(left=0)
-        axes.legend(**LEGEND)
+        _legend(axes)
 
     return figure(draw)
 
@@ -86,7 +92,7 @@ def over_time(reports: Sequence[Report], field: str, label: str) -> bytes:
         axes.set(xlabel="minutes since the first arrival", ylabel=label)
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
-        axes.legend(**LEGEND)
+        _legend(axes)
 
     return figure(draw)
 
@@ -103,7 +109,7 @@ def skipped_steps(reports: Sequence[Report]) -> bytes:
             axes.bar(at, counts, width=width, color=colour, label=_name(report))
         axes.set_xticks(range(len(ks)), [str(k) for k in ks])
         axes.set(xlabel="skipped steps k", ylabel="requests")
-        axes.legend(**LEGEND)
+        _legend(axes)
 
     return figure(draw)
 

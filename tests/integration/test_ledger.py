@@ -158,6 +158,21 @@ def test_poison_fails_after_three_deaths_and_can_be_retried(ledger: Ledger) -> N
         ledger.retry(request_id)
 
 
+def test_a_retried_request_forgets_its_cancellation_and_its_source(ledger: Ledger) -> None:
+    request_id, other = queued(ledger, decision=hit("src")), queued(ledger, decision=hit("src"))
+    ledger.claim("small-refine", "w", lease_s=5)
+    assert ledger.cancel(request_id) is State.RUNNING
+    assert ledger.fail(request_id, 1, "two\nlines\r\nof error", retry=False) is State.FAILED
+    ledger.retry(request_id)
+    assert ledger.route(request_id, MISS)
+    assert ledger.in_use(["src"]) == {"src"}  # the other request still refines from it
+    ledger.claim("large-gen", "w", lease_s=5)
+    assert ledger.renew(request_id, 2, 5) == "ok"
+    assert ledger.log(request_id)[3][1:] == ("failed", "two lines  of error")
+    ledger.cancel(other)
+    assert ledger.in_use(["src"]) == set()
+
+
 def test_a_worker_reports_errors_and_gives_work_back(ledger: Ledger) -> None:
     request_id = queued(ledger)
     rank = ledger.get(request_id).rank
@@ -310,6 +325,13 @@ def test_random_walks_keep_every_index_true(ledger: Ledger, seed: int) -> None:
         if r.state in OPEN:
             expected[r.request.client] = expected.get(r.request.client, 0) + 1
     assert quotas == expected
+    uses: dict[str, int] = {}
+    for i, r in records.items():
+        source_id = ledger.field(i, "source_id")
+        assert r.state in OPEN or source_id is None
+        if source_id is not None:
+            uses[source_id] = uses.get(source_id, 0) + 1
+    assert {s: int(n) for s, n in ledger.redis.hgetall(f"{ledger.prefix}sources").items()} == uses
 
 
 def test_the_table_of_moves_is_closed() -> None:

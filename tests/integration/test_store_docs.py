@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from modm_tasks.image_store import ImageStore
+from modm_tasks.image_store import ImageStore, to_png
 from modm_tasks.settings import Settings
 from tests.support.cache import Served
 from vector_store.backends import open_backend
@@ -27,7 +27,9 @@ PROMPTS = ("a red circle on plain grey", "a blue square", "two green circles", "
 def example_files(folder: Path) -> None:
     (folder / "warm").mkdir()
     for number, prompt in enumerate(PROMPTS):
-        Image.new("RGB", (64, 64), (60 * number, 80, 90)).save(folder / "warm" / f"{prompt.replace(' ', '_')}.png")
+        image = Image.new("RGB", (64, 64), (60 * number, 80, 90))
+        image.info["modm:prompt"] = prompt
+        (folder / "warm" / f"{prompt.replace(' ', '_')}.png").write_bytes(to_png(image))
     (folder / "warm" / "a_red_circle.jpg").write_text("not an image")
     (folder / "trace.txt").write_text("a red circle\na blue square\na red circle\ntwo green circles\na red circle\n")
 

@@ -112,9 +112,9 @@ def test_a_thousand_workers_are_decided_within_ten_milliseconds() -> None:
 
 
 def _timed(s: ClusterSnapshot) -> float:
-    began = time.perf_counter()
+    began = time.process_time()
     allocate("slo", s)
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 HEAVY = snapshot(arrivals_per_min=40.0, degrade=True, backlog_large_s=9000.0, backlog_large=98, period_s=60.0)

@@ -191,8 +191,20 @@ def test_listening_beyond_loopback_needs_keys(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="modm keys add"):
         check_listen(load_settings(api={"host": "0.0.0.0"}))
     check_listen(load_settings(api={"host": "0.0.0.0", "allow_open": True}))
-    KeyFile(tmp_path / "k.json").add("ann", ["read"])
-    check_listen(load_settings(api={"host": "0.0.0.0", "keys_file": tmp_path / "k.json"}))
+    keys = KeyFile(tmp_path / "k.json")
+    keys.add("ann", ["read"])
+    beyond = load_settings(api={"host": "0.0.0.0", "keys_file": tmp_path / "k.json"})
+    check_listen(beyond)
+    gate = Gate.from_settings(beyond)
+    keys.revoke("ann")
+    with pytest.raises(UnauthorizedError):  # a service that listens to strangers does not open when its keys are gone
+        gate.caller(None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 1e300])
+def test_an_arrival_is_a_time(value: float) -> None:
+    with pytest.raises(ValidationError, match="arrival_s"):
+        SubmitRequest(prompt="a", arrival_s=value)
 
 
 def test_a_token_bucket_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -14,7 +15,6 @@ from modm_tasks.messages import Completion, Decision, RequestRecord, Route, Stat
 from orchestrator.cli_report import report_app
 from orchestrator.cli_trace import trace_app
 from orchestrator.report.build import build_report
-from orchestrator.report.write import write_report
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
@@ -55,7 +55,9 @@ def write_runs() -> None:
     for name, ks in (("large", [0] * 4), ("modm", [0, 25, 10, 25])):
         records = [finished(index, k) for index, k in enumerate(ks)]
         policy = "large-only" if name == "large" else "modm"
-        write_report(Path(name), build_report(records, policy=policy, machine={}, settings={}), records)
+        Path(name).mkdir()
+        report = build_report(records, policy=policy, machine={}, settings={})
+        Path(name, "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", ["traces.md", "reports.md"])
