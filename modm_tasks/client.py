@@ -258,7 +258,9 @@ def _parsed(response: httpx.Response) -> Any:
     except ValueError:
         body = None
         if response.is_success:
-            raise UnavailableError(f"{response.url} answered something that is not JSON; is it an orchestrator?") from None
+            raise UnavailableError(
+                f"{response.url} answered something that is not JSON; is it an orchestrator?"
+            ) from None
     if response.is_success:
         return body
     raise error_from(response.status_code, body, response.headers)

@@ -163,9 +163,7 @@ class ClusterState:
         for bucket in range(first, last + 1):
             pipe.hgetall(f"{self.prefix}win:{bucket}")
         rows = pipe.execute()
-        return [
-            {"at_s": (first + i) * bucket_s} | {k: float(v) for k, v in row.items()} for i, row in enumerate(rows)
-        ]
+        return [{"at_s": (first + i) * bucket_s} | {k: float(v) for k, v in row.items()} for i, row in enumerate(rows)]
 
     @guarded
     def step_s(self) -> dict[str, float]:

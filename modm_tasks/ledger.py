@@ -109,6 +109,13 @@ class Ledger(ClusterState):
         return "ok" if word == "ok" else "ended" if word == "ended" else "conflict"
 
     @guarded
+    def set_rank(self, request_id: str, rank: float) -> None:
+        """A queued request moves in its queue. Nothing happens where it is queued no more."""
+        queue = self.redis.hget(self._key(request_id), "queue")
+        if queue and self.redis.zadd(f"{self.prefix}ready:{queue}", {request_id: rank}, xx=True, ch=True):
+            self.redis.hset(self._key(request_id), "rank", format(rank, ".6f"))
+
+    @guarded
     def finish_stored(self, request_id: str, completion: Completion, decision: Decision) -> bool:
         """Answer an exact repeat with the stored image. False where the request has moved on."""
         reply = self._run("FINISH_STORED", request_id, completion.model_dump_json(), decision.model_dump_json())

@@ -57,7 +57,8 @@ if [ -n "${TORCH_INDEX:-}" ]; then
   awk '/^[a-z0-9]/ { skip = /^(torch|torchvision|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==/ } !skip' requirements.lock >$lock
 fi
 say "installing $(grep -cE '^[a-z0-9].*==' $lock) locked packages (several GB the first time)"
-$uv pip sync --require-hashes "$lock"
+# Compiled here once: where bytecode may not be written later, every process would spend seconds on it at each start.
+$uv pip sync --compile-bytecode --require-hashes "$lock"
 if [ -n "${TORCH_INDEX:-}" ]; then
   version() { sed -nE "s/^$1==([0-9.]+).*/\1/p" requirements.lock; }
   $uv pip install --index "$TORCH_INDEX" "torch==$(version torch)" "torchvision==$(version torchvision)"

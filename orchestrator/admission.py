@@ -48,6 +48,7 @@ class Admission:
         self.router = pipeline.router
         self.observe = observe
         self.queue = make_queue(COMPLETIONS)
+        self._turn_s: dict[str, float] = {}
         self._inbox: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._end = threading.Event()
         self._threads = [
@@ -180,20 +181,25 @@ class Admission:
         except NotFoundError:
             source = None
         ended = source is None or (source.state in FINAL and (source.state is not State.DONE or source.admitted_s))
-        tired = now_s is not None and 0 < self.router.wait_until_s(record) < now_s
-        if not (ended or tired):
+        if not ended and not (now_s is not None and self._tired(record, now_s)):
             return
+        self._turn_s.pop(request_id, None)
         try:
             decision = self.router.after_wait(record, decode_vector(text), source)
-            if self.ledger.route(
-                request_id, decision, expected=State.WAITING, rank=self.router.rank(record, decision)
-            ):
+            if self.ledger.route(request_id, decision, expected=State.WAITING, rank=self.router.rank(record, decision)):
                 self.pipeline.tokens.send(decision.route.value, request_id, decision)
                 self.pipeline.remember(record, decode_vector(text), decision)
         except UnavailableError:
             raise
         except ModmError:
             log.exception("cannot route a waiter", extra={"request_id": request_id})
+
+    def _tired(self, record: RequestRecord, now_s: float) -> bool:
+        """Whether a waiting request has waited longer than the bound since its own turn came."""
+        if self.router.turn_is_ahead(record):
+            return False
+        since = self._turn_s.setdefault(record.id, now_s)
+        return now_s - since > self.router.settings.routing.wait_bound_s
 
     def _rebind(self, record: RequestRecord, entry: ImageEntry, image_vector: Vector) -> None:
         """Late binding: queued misses that the new image turns into hits change their queue."""
@@ -205,4 +211,3 @@ class Admission:
             if decision is not None and self.ledger.route(queued.id, decision, expected=State.QUEUED):
                 self.pipeline.tokens.send(decision.route.value, queued.id, decision)
                 self.pipeline.remember(queued, text_vector, decision)
-

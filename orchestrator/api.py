@@ -236,5 +236,3 @@ def request_routes(gate: Gate) -> APIRouter:
         return service.ledger.series(window_s=window_s, bucket_s=bucket_s, now_s=service.ledger.now_s())
 
     return router
-
-

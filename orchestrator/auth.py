@@ -83,7 +83,9 @@ class KeyFile:
                 rows = json.loads(self.path.read_text())
                 self._keys = [ApiKey.model_validate(row) for row in rows]
             except (OSError, ValueError, ValidationError) as error:
-                raise ConfigError(f"key file {self.path}: {str(error).splitlines()[0]}", field="api.keys_file") from error
+                raise ConfigError(
+                    f"key file {self.path}: {str(error).splitlines()[0]}", field="api.keys_file"
+                ) from error
             self._seen = stamp
         return self._keys
 
@@ -139,7 +141,8 @@ def check_listen(settings: Settings) -> None:
     if is_loopback(api.host) or api.allow_open or KeyFile(keys_path(settings)).load():
         return
     raise ConfigError(
-        f"listening on {api.host} needs API keys: `modm keys add CLIENT`, or say MODM_API__ALLOW_OPEN=true", field="api.host"
+        f"listening on {api.host} needs API keys: `modm keys add CLIENT`, or say MODM_API__ALLOW_OPEN=true",
+        field="api.host",
     )
 
 

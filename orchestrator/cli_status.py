@@ -56,7 +56,9 @@ def render(status: Mapping[str, Any]) -> Any:
     counts, window, health = status["counts"], status["window"], status["health"]
     minutes = status["window_s"] / 60
     head = Text(f"MoDM {status['version']} at {status.get('url', '')}, up {status['uptime_s']:.0f} s, ")
-    head.append("ready" if health["ready"] else "; ".join(health["problems"]), style="green" if health["ready"] else "red")
+    head.append(
+        "ready" if health["ready"] else "; ".join(health["problems"]), style="green" if health["ready"] else "red"
+    )
     figures = Table(show_header=False, box=None, pad_edge=False)
     rows = (
         ("policy", f"{status['policy']}, workers {status['mode']}"),

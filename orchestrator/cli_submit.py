@@ -120,11 +120,13 @@ def submit_trace(
     if features is not None:
         check_features(features)
     if arrivals not in (*KINDS, "closed"):
-        raise InvalidInputError(f"unknown arrivals {arrivals!r}; there are closed, {', '.join(KINDS)}", field="arrivals")
+        raise InvalidInputError(
+            f"unknown arrivals {arrivals!r}; there are closed, {', '.join(KINDS)}", field="arrivals"
+        )
     wanted = None if num_requests is None else num_requests + warm_up
     loaded = load_trace(
         trace, format=format, start=start, num_requests=wanted, slice_name=slice_name, prompts=prompts,
-        skip_bad_rows=skip_bad_rows,
+        skip_bad_rows=skip_bad_rows, warm_up=warm_up,
     )  # fmt: skip
     for bad in loaded.skipped[:5]:
         note(f"row {bad.row} left out: {f'field {bad.field!r}: ' if bad.field else ''}{bad.reason}")
@@ -165,4 +167,6 @@ def _check_models(status: dict[str, Any], large: str | None, small: str | None) 
     for role, wanted in (("large", large), ("small", small)):
         serving = status["models"][role]
         if wanted is not None and wanted != serving:
-            raise InvalidInputError(f"the workers serve {serving} as the {role} model, not {wanted}", field=f"{role}_model")
+            raise InvalidInputError(
+                f"the workers serve {serving} as the {role} model, not {wanted}", field=f"{role}_model"
+            )

@@ -45,7 +45,9 @@ def inspect(
         skip_bad_rows=skip_bad_rows,
     )  # fmt: skip
     if embeddings is not None and (loaded.skipped or slice_name):
-        raise InvalidInputError("vectors are row for row: they fit neither a slice nor left-out rows", field="embeddings")
+        raise InvalidInputError(
+            "vectors are row for row: they fit neither a slice nor left-out rows", field="embeddings"
+        )
     vectors = text_vectors([r.prompt for r in loaded.rows], embeddings=embeddings, embedder=embedder, start=start)
     figures = describe(loaded, vectors)
     if plot is not None:

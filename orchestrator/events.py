@@ -34,9 +34,7 @@ def _state(record: RequestRecord, service: Service) -> dict[str, object]:
     }
 
 
-async def follow(
-    service: Service, request_id: str, disconnected: Callable[[], Awaitable[bool]]
-) -> AsyncIterator[str]:
+async def follow(service: Service, request_id: str, disconnected: Callable[[], Awaitable[bool]]) -> AsyncIterator[str]:
     """First the present state, then each change. Listens before it looks, so that nothing falls between."""
     client = redis.asyncio.Redis.from_url(redis_url(service.settings), decode_responses=True)
     try:

@@ -100,5 +100,3 @@ def health_problems(settings: Settings, ledger: Ledger) -> Callable[[], list[str
             return list(state["problems"])  # type: ignore[call-overload,no-any-return]
 
     return look
-
-

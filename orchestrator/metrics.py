@@ -145,7 +145,9 @@ class LedgerCollector:
 
     def _workers(self) -> Iterator[Metric]:
         workers, roles = self.ledger.workers(), self.ledger.desired_roles()
-        yield GaugeMetricFamily("modm_workers_ready", "Workers whose GPU child says that it is ready", value=len(workers))
+        yield GaugeMetricFamily(
+            "modm_workers_ready", "Workers whose GPU child says that it is ready", value=len(workers)
+        )
         by_role = GaugeMetricFamily("modm_workers_by_role", "Ready workers by desired role", labels=["role"])
         for role in ("large", "small"):
             by_role.add_metric([role], sum(1 for w in workers if w.worker in roles and roles[w.worker].role == role))

@@ -80,10 +80,12 @@ class OpenRequests:
         return self._best(
             vector,
             limit,
-            lambda i: i.namespace == namespace
-            and i.size == size
-            and i.order < before
-            and (client is None or i.client == client),
+            lambda i: (
+                i.namespace == namespace
+                and i.size == size
+                and i.order < before
+                and (client is None or i.client == client)
+            ),
         )
 
     def misses_like(self, vector: Vector, *, namespace: str, size: str | None, client: str | None, floor: float,
@@ -92,11 +94,15 @@ class OpenRequests:
         found = self._best(
             vector,
             limit,
-            lambda i: i.is_miss and i.namespace == namespace and i.size == size and (client is None or i.client == client),
+            lambda i: (
+                i.is_miss and i.namespace == namespace and i.size == size and (client is None or i.client == client)
+            ),
         )
         return [(item, s) for item, s in found if s >= floor]
 
-    def _best(self, vector: Vector, limit: int, accept: Callable[[OpenRequest], bool]) -> list[tuple[OpenRequest, float]]:
+    def _best(
+        self, vector: Vector, limit: int, accept: Callable[[OpenRequest], bool]
+    ) -> list[tuple[OpenRequest, float]]:
         with self._lock:
             if not self._rows:
                 return []

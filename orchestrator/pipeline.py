@@ -132,10 +132,11 @@ class Pipeline:
         decision = self.router.decide(record, vector)
         if decision.waits_on is not None:
             answer = self.ledger.wait_on(
-                record.id, decision.waits_on, decision, until_s=self.router.wait_until_s(record), text_vector=text
+                record.id, decision.waits_on, decision, until_s=self.ledger.now_s(), text_vector=text
             )
             if answer == "ok":
                 self.remember(record, vector, decision)
+                self.router.hasten(decision)
                 return
             decision = self.router.decide(record, vector, inflight=False)
         if decision.route is Route.STORED:

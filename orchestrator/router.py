@@ -7,8 +7,9 @@ import threading
 import time
 from collections.abc import Callable
 
+from modm_tasks.errors import SourceImageError
 from modm_tasks.ledger import Ledger
-from modm_tasks.messages import Completion, Decision, RequestRecord, Route
+from modm_tasks.messages import Completion, Decision, RequestRecord, Route, State
 from modm_tasks.settings import Settings
 from orchestrator.decisions import routing
 from orchestrator.decisions.ladder import Ladder
@@ -41,12 +42,11 @@ class Router:
         self._read_at = float("-inf")
         self._large_s = self._small_s = self._wait_s = 0.0
         self._lowered = 0
+        self._workers = 1
 
     # --- decisions ----------------------------------------------------------------------------------------------
 
-    def decide(
-        self, record: RequestRecord, vector: Vector, *, inflight: bool = True, stored: bool = True
-    ) -> Decision:
+    def decide(self, record: RequestRecord, vector: Vector, *, inflight: bool = True, stored: bool = True) -> Decision:
         """Decide a request by its text vector. The chosen source is noted as used."""
         given = self._given(record, vector, inflight=inflight, stored=stored)
         decision = routing.route(given)
@@ -69,16 +69,16 @@ class Router:
         """
         if record.request.cache not in {"auto", "no-store"} or self.policy(record) in {"large-only", "small-only"}:
             return None
-        given = self._given(record, vector, inflight=False, stored=False, match=Match(entry=source, similarity=similarity))
+        given = self._given(
+            record, vector, inflight=False, stored=False, match=Match(entry=source, similarity=similarity)
+        )
         decision = routing.route(given)
         if decision.route is not Route.SMALL_REFINE or decision.source_id is None:
             return None
         self._touch(source.id, source.namespace, decision.skipped_steps)
         return decision.model_copy(update={"reason": f"late binding: {decision.reason}"})
 
-    def late_candidates(
-        self, finished: RequestRecord, image_vector: Vector
-    ) -> list[tuple[OpenRequest, Vector, float]]:
+    def late_candidates(self, finished: RequestRecord, image_vector: Vector) -> list[tuple[OpenRequest, Vector, float]]:
         """Queued misses that the new image is similar enough to, most similar first."""
         if "late-binding" not in self.features(finished):
             return []
@@ -103,19 +103,41 @@ class Router:
         self._refresh()
         service = self._large_s if decision.route is Route.LARGE_GEN else self._small_s
         deadline = record.request.deadline_s or self.settings.slo.multiple * self._large_s
-        accepted = record.accepted_s
-        return accepted + deadline - service if deadline > 0 else None
+        if deadline <= 0:
+            return None
+        return routing.slack_rank(accepted_s=record.accepted_s, deadline_s=deadline, service_s=service)
 
-    def wait_until_s(self, record: RequestRecord) -> float:
-        """Unix seconds after which a waiting request is routed anyway: counted from its own turn, because a bound from
-        now would undo in-flight reuse exactly at saturation, where the turn itself is far away."""
+    def hasten(self, decision: Decision) -> None:
+        """A source that others wait on moves forward by the work it saves; what it waits on itself inherits that."""
         self._refresh()
-        return record.accepted_s + self._wait_s + self.settings.routing.wait_bound_s
+        total = self.settings.num_inference_steps
+        saved_s = max(0.0, self._large_s - self._small_s * (1 - decision.skipped_steps / total))
+        source_id = decision.waits_on
+        for _ in range(self.settings.routing.wait_depth + 1):
+            if source_id is None:
+                return
+            source = self.ledger.get(source_id)
+            if source.state is State.QUEUED:
+                rank = routing.hastened(source.rank, saved_s=saved_s, n_workers=self._workers)
+                self.ledger.set_rank(source_id, rank)
+            if source.state is not State.WAITING:
+                return
+            source_id = self.ledger.field(source_id, "waits_on")
+
+    def turn_is_ahead(self, record: RequestRecord) -> bool:
+        """Whether an earlier request still waits for a worker. Then this one would not be drawn either, so waiting costs
+        it nothing: a bound counted from now would undo in-flight reuse exactly at saturation."""
+        heads = (self.ledger.ready(route.value, limit=1) for route in (Route.LARGE_GEN, Route.SMALL_REFINE))
+        return any(head and head[0][1] < record.rank for head in heads)
 
     def stored_completion(self, record: RequestRecord, decision: Decision) -> Completion | None:
-        """What an exact repeat is answered with: the stored image under the new id; None where it is gone."""
+        """What an exact repeat is answered with: the stored image under the new id; None where it is unreadable."""
         entry = self.cache.get(decision.source_id or "", record.request.namespace)
-        if entry is None or not self.cache.images.exists(entry.uri):
+        if entry is None:
+            return None
+        try:
+            self.cache.images.read(entry.uri)  # a file that is there may still be cut short
+        except SourceImageError:
             return None
         width, height = (int(side) for side in entry.size.split("x"))
         return Completion(
@@ -243,9 +265,8 @@ class Router:
             total = self.settings.num_inference_steps
             self._large_s = self.settings.slo.large_latency_s or steps.get(self.settings.large_model, 0.0) * total
             self._small_s = steps.get(self.settings.small_model, 0.0) * total
-            workers = max(1, len(self.ledger.workers()))
+            workers = self._workers = max(1, len(self.ledger.workers()))
             work = counts["ready:large-gen"] * self._large_s + counts["ready:small-refine"] * self._small_s * 0.6
             self._wait_s = work / workers
             self._lowered = min(control.degradation, self.settings.slo.floor_threshold_rungs)
             self._read_at = time.monotonic()
-

@@ -118,7 +118,8 @@ class Service:
         bound = self.settings.slo.max_backlog_s
         if bound > 0 and (backlog := self.backlog_s()) > bound:
             raise RefusedError(
-                f"{backlog:.0f} s of work are queued; the limit is {bound:.0f} s", retry_after_s=round(backlog - bound, 1)
+                f"{backlog:.0f} s of work are queued; the limit is {bound:.0f} s",
+                retry_after_s=round(backlog - bound, 1),
             )
 
     def backlog_s(self) -> float:
@@ -284,5 +285,3 @@ class Service:
 
 def _unadmitted(record: RequestRecord) -> bool:
     return record.state is State.DONE and record.admitted_s is None
-
-

@@ -39,7 +39,8 @@ class HttpTarget:
 
     def submit(self, request: SubmitRequest) -> RequestRecord:
         body = request.model_dump(mode="json", exclude={"idempotency_key"}, exclude_defaults=True)
-        return RequestRecord.model_validate(self.client.post("/v1/requests", json=body))
+        headers = {"Idempotency-Key": request.idempotency_key} if request.idempotency_key else None
+        return RequestRecord.model_validate(self.client.post("/v1/requests", json=body, headers=headers))
 
     def submit_many(self, requests: Sequence[SubmitRequest]) -> list[RequestRecord]:
         rows = [r.model_dump(mode="json", exclude_defaults=True) for r in requests]

@@ -126,7 +126,10 @@ def _attempt(runtime: Runtime, record: RequestRecord, lease: Lease, written: lis
     ledger, control = runtime.ledger, runtime.control()
     drawn = _draw_with_room(runtime, record, control, lease)
     lease.check()
-    if runtime.safety_hook is not None and (refused := runtime.safety_hook(record.request.prompt, drawn.image)) is not None:
+    if (
+        runtime.safety_hook is not None
+        and (refused := runtime.safety_hook(record.request.prompt, drawn.image)) is not None
+    ):
         raise InvalidInputError(f"image refused: {refused}")
     vector = runtime.embedder.embed_images([drawn.image])[0]
     floor, score = verify_floor(record, control), None

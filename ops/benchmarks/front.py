@@ -110,9 +110,7 @@ def measure(*, cached: int, rate_per_s: float, seconds: float) -> dict[str, Any]
             ledger = Ledger.from_settings(settings)
             ids, calls_ms, reached = load(url, rate_per_s=rate_per_s, seconds=seconds)
             wait_routed(ledger)
-            queued_ms = [
-                1000 * (r.queued_s - r.accepted_s) for r in ledger.get_many(ids) if r.queued_s is not None
-            ]
+            queued_ms = [1000 * (r.queued_s - r.accepted_s) for r in ledger.get_many(ids) if r.queued_s is not None]
         finally:
             front.terminate()
             front.wait(20)

@@ -63,6 +63,12 @@ def nearest(base: Vector, queries: Vector) -> list[int]:
     return [int(np.argmax(base @ query)) for query in queries]
 
 
+def recall_at_1(base: Vector, queries: Vector, answers: list[int], truth: list[int]) -> float:
+    """Share of answers as near as the nearest. By score, not by index: 13 % of real prompts are exact repeats."""
+    near = [base[a] @ q >= base[t] @ q - 1e-4 for a, t, q in zip(answers, truth, queries, strict=True)]
+    return float(np.mean(near))
+
+
 def percentiles_ms(seconds: list[float]) -> dict[str, float]:
     return {f"p{q}": round(float(np.percentile(seconds, q)) * 1e3, 3) for q in (50, 99)}
 
@@ -91,7 +97,7 @@ def measure(system: str, base: Vector, queries: Vector, folder: Path) -> dict[st
         call = _searcher(backend)
     seconds, answers = timed(call, queries)
     row |= {"search_ms": percentiles_ms(seconds)}
-    row["recall_at_1"] = round(float(np.mean([a == t for a, t in zip(answers, truth, strict=True)])), 4)
+    row["recall_at_1"] = round(recall_at_1(base, queries, answers, truth), 4)
     row["rss_mib"] = round(_rss_mib() - before)
     if system in ("reference", "exact"):
         row["insert_ms"] = percentiles_ms(_copies(base))

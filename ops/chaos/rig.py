@@ -16,11 +16,26 @@ import redis
 from modm_tasks.client import Client
 from modm_tasks.errors import ModmError
 from modm_tasks.ledger import Ledger
+from modm_tasks.queues import TASK_OF_QUEUE
 from modm_tasks.settings import Settings, load_settings
 from ops import processes
 from ops.processes import Noted
 from ops.redis_server import free_port, ping, plan_redis
-from ops.stack import MODM
+from ops.stack import MODM, TIERS
+
+#: A lease short enough to see recoveries in a bounded run; attempts enough that no innocent request spends them all by
+#: being near many faults; everything of modm-plus on.
+QUICK = {
+    "MODM_WORKER__LEASE_S": "2",
+    "MODM_WORKER__MAX_ATTEMPTS": "6",
+    "MODM_CONTROLLER__PERIOD_S": "5",
+    "MODM_ROUTING__POLICY": "modm-plus",
+}
+
+
+def rig_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """The caller's environment; its own MODM_ settings win over QUICK, but for home and Redis."""
+    return QUICK | {k: v for k, v in environ.items() if k not in {"MODM_HOME", "MODM_REDIS_URL", "MODM_API__PORT"}}
 
 
 class Rig:
@@ -32,8 +47,12 @@ class Rig:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         ours = {"MODM_HOME": str(home), "MODM_REDIS_URL": self.plan.url, "MODM_API__PORT": str(port)}
-        self.environ = {k: v for k, v in environ.items() if not k.startswith("MODM_")} | ours | _quick(environ)
-        self.settings: Settings = load_settings(home=home, redis_url=self.plan.url)
+        self.environ = rig_environ(environ) | ours
+        attempts = int(self.environ["MODM_WORKER__MAX_ATTEMPTS"])
+        base = load_settings(home=home, redis_url=self.plan.url)
+        self.settings: Settings = base.model_copy(
+            update={"worker": base.worker.model_copy(update={"max_attempts": attempts})}
+        )
         self.ledger = Ledger.from_settings(self.settings)
         self.client = Client(self.url)
         self.worker_count = workers
@@ -57,13 +76,17 @@ class Rig:
         self._supervisor.start()
         self.wait(self.whole, timeout_s, "the stack")
 
-    def stop(self) -> None:
-        """End everything; nothing that carries this run's mark is left."""
+    def stop(self) -> int:
+        """End everything as `modm down` does. Returns how many processes were left then; they are killed."""
         self._end.set()
         if self._supervisor.is_alive():
             self._supervisor.join()
-        processes.kill_marked(self.stack_id)
+        for tier in TIERS:
+            processes.stop([p for name, p in self.running.items() if name.startswith(tier)], grace_s=20.0)
+        left = processes.kill_marked(self.stack_id)
         self.client.close()
+        self.ledger.redis.close()
+        return left
 
     def _launch(self, name: str) -> None:
         log = self.home / "logs" / f"{name}.log"
@@ -85,15 +108,18 @@ class Rig:
                     self._launch(name)
 
     def kill(self, name: str) -> None:
+        """SIGKILL, and wait until the system says that it is gone."""
+        noted = self.running[name]
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.running[name].pid, signal.SIGKILL)
+            os.kill(noted.pid, signal.SIGKILL)
+        self.soon(lambda: not processes.alive(noted), 5.0)
 
     def kill_child(self, index: int) -> None:
         """The GPU child of one worker, whose pid it says itself."""
-        ready = self.ledger.workers()
+        ready = self.live_workers()
         if ready:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(ready[index % len(ready)].pid, signal.SIGKILL)
+                os.kill(ready[sorted(ready)[index % len(ready)]], signal.SIGKILL)
 
     def drop_connections(self) -> None:
         client = redis.Redis.from_url(self.plan.url)
@@ -101,28 +127,36 @@ class Rig:
             client.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
         client.close()
 
+    def lose_tokens(self) -> None:
+        self.ledger.redis.delete(*TASK_OF_QUEUE)
+
     def whole(self) -> bool:
-        """The orchestrator takes work, the controller runs, and every worker is ready."""
+        """The orchestrator takes work, every process runs, and every worker is ready."""
         try:
-            return bool(self.client.get("/readyz")["ready"]) and len(self.live_workers()) == self.worker_count
+            return (
+                bool(self.client.get("/readyz")["ready"])
+                and len(self.live_workers()) == self.worker_count
+                and all(processes.alive(p) for p in list(self.running.values()))
+            )
         except ModmError:
             return False
 
-    def live_workers(self) -> list[str]:
-        """Ready workers whose child is alive: a killed one's word stands in Redis for some seconds more."""
-        return [w.worker for w in self.ledger.workers() if processes.start_time(w.pid) is not None]
+    def live_workers(self) -> dict[str, int]:
+        """Child pid of each ready worker that lives: a killed one's word stands in Redis for some seconds more."""
+        return {w.worker: w.pid for w in self.ledger.workers() if processes.start_time(w.pid) is not None}
 
-    def wait(self, condition: Callable[[], object], timeout_s: float, what: str) -> float:
-        """Seconds until ``condition()`` is true. Raises ModmError at the deadline."""
+    def soon(self, condition: Callable[[], object], timeout_s: float) -> float | None:
+        """Seconds until ``condition()`` is true; None at the deadline."""
         began = time.monotonic()
         while not condition():
             if time.monotonic() - began > timeout_s:
-                raise ModmError(f"waited {timeout_s:g} s for {what}; logs in {self.home / 'logs'}")
+                return None
             self._end.wait(0.1)
         return time.monotonic() - began
 
-
-def _quick(environ: Mapping[str, str]) -> dict[str, str]:
-    """Settings that the caller chose, and a lease short enough to see recoveries in a bounded run."""
-    chosen = {k: v for k, v in environ.items() if k.startswith("MODM_") and k not in {"MODM_HOME", "MODM_REDIS_URL"}}
-    return {"MODM_WORKER__LEASE_S": "4", "MODM_CONTROLLER__PERIOD_S": "5"} | chosen
+    def wait(self, condition: Callable[[], object], timeout_s: float, what: str) -> float:
+        """The same. Raises ModmError at the deadline."""
+        took_s = self.soon(condition, timeout_s)
+        if took_s is None:
+            raise ModmError(f"waited {timeout_s:g} s for {what}; logs in {self.home / 'logs'}")
+        return took_s

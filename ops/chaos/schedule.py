@@ -1,4 +1,8 @@
-"""Which faults come in which order. Pure."""
+"""Which faults come when. Pure: the same seed gives the same plan.
+
+The plan is paced by finished requests, not by the clock, so that a slow machine meets each fault at the same point of the
+load as a fast one.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ FAULTS = {
     "kill-redis": "SIGKILL of Redis, restart from its append-only file (fsync always)",
     "drop-connections": "every connection to Redis dropped",
     "change-roles": "mode and roles changed while work runs",
+    "pin-role": "a worker pinned to a role, the others given back to the controller",
+    "lose-tokens": "every queue message thrown away",
     "delete-source": "a cached image deleted",
     "truncate-source": "a cached image truncated",
     "garble-source": "a cached image replaced by garbage",
@@ -27,3 +33,10 @@ def schedule(seed: int, rounds: int) -> list[str]:
         rng.shuffle(names)
         out += names
     return out
+
+
+def plan(seed: int, *, rounds: int, requests: int) -> list[tuple[int, str]]:
+    """(finished requests, fault): spread evenly over the load, the first after a step of it."""
+    faults = schedule(seed, rounds)
+    step = max(1, requests // (len(faults) + 1))
+    return [((number + 1) * step, fault) for number, fault in enumerate(faults)]

@@ -119,7 +119,9 @@ def _skipped(routed: Sequence[RequestRecord]) -> dict[str, int]:
     return {str(k): ks[k] for k in sorted(ks)}
 
 
-def _violations(latencies: Sequence[float], failed: int, judged: int, unit_s: float | None, multiple: float) -> float | None:
+def _violations(
+    latencies: Sequence[float], failed: int, judged: int, unit_s: float | None, multiple: float
+) -> float | None:
     if not judged or unit_s is None:
         return None
     late = sum(1 for latency in latencies if latency > multiple * unit_s)
@@ -198,6 +200,14 @@ def comparison(large_only: Mapping[str, Any], modm: Mapping[str, Any]) -> dict[s
         "large_only": {k: large_only[k] for k in ("served_per_min", "latency_s", "clip_score", "requests")},
         "modm": {
             k: modm[k]
-            for k in ("served_per_min", "latency_s", "clip_score", "requests", "hit_rate", "skipped_steps", "refined_by")
+            for k in (
+                "served_per_min",
+                "latency_s",
+                "clip_score",
+                "requests",
+                "hit_rate",
+                "skipped_steps",
+                "refined_by",
+            )
         },
     }

@@ -31,7 +31,9 @@ def shown(title: str) -> Iterator[Callable[[Progress], None]]:
 
 
 def _text(progress: Progress) -> str:
-    text = f"{progress.ended}/{progress.total} ended, {progress.served_per_min:.1f}/min, hit rate {progress.hit_rate:.2f}"
+    text = (
+        f"{progress.ended}/{progress.total} ended, {progress.served_per_min:.1f}/min, hit rate {progress.hit_rate:.2f}"
+    )
     return text + (f", {progress.refused} refused" if progress.refused else "")
 
 

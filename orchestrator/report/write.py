@@ -156,7 +156,9 @@ def _replace(folder: Path, fill: Any) -> Path:
         os.chmod(aside, 0o755)
         if folder.exists():
             if any(folder.iterdir()) and not (folder / "report.json").exists():
-                raise InvalidInputError(f"{folder} holds something that is no report; choose another folder", field="report")
+                raise InvalidInputError(
+                    f"{folder} holds something that is no report; choose another folder", field="report"
+                )
             shutil.rmtree(folder)
         os.replace(aside, folder)
     except BaseException:

@@ -68,15 +68,15 @@ def describe(loaded: LoadedTrace, vectors: NDArray[np.float32] | None = None) ->
 def similarity_figures(vectors: NDArray[np.float32]) -> dict[str, Any]:
     """Shares above some cosines, and how far back the nearest similar earlier prompt is."""
     best, where = best_earlier(vectors)
-    figures: dict[str, Any] = {f"best earlier cosine >= {bar:.2f}": round(float((best >= bar).mean()), 4) for bar in BARS}
+    figures: dict[str, Any] = {
+        f"best earlier cosine >= {bar:.2f}": round(float((best >= bar).mean()), 4) for bar in BARS
+    }
     similar = np.nonzero(best >= 0.80)[0]
     if len(similar):
         back = similar - where[similar]
         p10, p50, p90 = np.percentile(back, [10, 50, 90])
         figures["requests back, p10 / p50 / p90"] = f"{p10:.0f} / {p50:.0f} / {p90:.0f}"
-    recent = sum(
-        1 for i in range(1, len(vectors)) if float((vectors[max(0, i - 50) : i] @ vectors[i]).max()) >= 0.80
-    )
+    recent = sum(1 for i in range(1, len(vectors)) if float((vectors[max(0, i - 50) : i] @ vectors[i]).max()) >= 0.80)
     figures["cosine >= 0.80 in the last 50"] = round(recent / len(vectors), 4)
     return figures
 

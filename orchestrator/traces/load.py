@@ -106,7 +106,14 @@ def stream_trace(
         "vllm-omni": partial(vllm_omni, path),
     }
     return TraceStream(
-        parsers[name], path, name, first=first, begun=begun, count=count, skip_bad_rows=skip_bad_rows, defaulted=defaulted
+        parsers[name],
+        path,
+        name,
+        first=first,
+        begun=begun,
+        count=count,
+        skip_bad_rows=skip_bad_rows,
+        defaulted=defaulted,
     )
 
 

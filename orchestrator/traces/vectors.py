@@ -24,7 +24,9 @@ def text_vectors(
             raise InvalidInputError(f"{embeddings}: no .npy array: {error}", field="embeddings") from error
         if matrix.ndim != 2 or len(matrix) < start + len(prompts):
             shape = "x".join(map(str, matrix.shape))
-            raise InvalidInputError(f"{embeddings} is {shape}; {start + len(prompts)} rows are needed", field="embeddings")
+            raise InvalidInputError(
+                f"{embeddings} is {shape}; {start + len(prompts)} rows are needed", field="embeddings"
+            )
         return np.asarray(matrix[start : start + len(prompts)], dtype=np.float32)
     if embedder is None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ def test_verdict_counts_what_must_not_be() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+@pytest.mark.skipif("MODM_TEST_CHAOS" not in os.environ, reason="a minute of faults; MODM_TEST_CHAOS=1 runs it")
 def test_nothing_is_lost_and_nothing_doubled(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ops.chaos", "--short", "--home", str(tmp_path / "chaos")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=380)

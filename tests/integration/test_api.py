@@ -169,7 +169,13 @@ def test_status_health_and_metrics(http: httpx.Client) -> None:
     assert len(status["workers"]) == 2
     assert status["window"]["done"] >= 1
     text = http.get("/metrics").text
-    names = ("modm_hit_rate", "modm_queue_depth", "modm_latency_seconds_bucket", "modm_workers_ready 2.0", "modm_up 1.0")
+    names = (
+        "modm_hit_rate",
+        "modm_queue_depth",
+        "modm_latency_seconds_bucket",
+        "modm_workers_ready 2.0",
+        "modm_up 1.0",
+    )
     for name in names:
         assert name in text
     assert "mill" not in text  # no prompts in metrics

@@ -332,6 +332,7 @@ def test_reindex_by_command(served: Served) -> None:
     assert served.modm("reindex").stdout.startswith("nothing to do")
 
 
+@pytest.mark.timeout(600)  # every image is synced to disk, so a busy disk decides the time
 def test_an_import_killed_half_way_is_resumed(tmp_path: Path) -> None:
     folder, home = make_folder(tmp_path / "in", 2000), tmp_path / "home"
     code = (

@@ -83,7 +83,9 @@ def test_work_of_a_killed_worker_is_done_by_another(
     stack = start_stack(settings(), env, procs)
     ids = send(stack, ["first", "second", "third"])
     busy = wait_until(
-        lambda: next((w for w in stack.get("/v1/status")["workers"] if w["busy_with"] == ids[0]), None), 30, "a busy worker"
+        lambda: next((w for w in stack.get("/v1/status")["workers"] if w["busy_with"] == ids[0]), None),
+        30,
+        "a busy worker",
     )
     index = int(busy["gpu"])
     if victim == "child":

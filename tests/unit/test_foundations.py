@@ -40,7 +40,9 @@ from orchestrator.open_requests import OpenRequest, OpenRequests
 
 
 def test_command_line_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "modm.toml").write_text('embedder = "file"\nlarge_model = "file"\n[cache]\ncapacity = 5\nmax_depth = 2\n')
+    (tmp_path / "modm.toml").write_text(
+        'embedder = "file"\nlarge_model = "file"\n[cache]\ncapacity = 5\nmax_depth = 2\n'
+    )
     monkeypatch.setenv("MODM_EMBEDDER", "env")
     monkeypatch.setenv("MODM_CACHE__CAPACITY", "7")
     made = load_settings(small_model="line")
@@ -68,7 +70,11 @@ def test_a_wrong_setting_is_one_line_that_names_it(
 
 
 def test_unknown_keys_in_the_file_and_broken_files(tmp_path: Path) -> None:
-    for text, says in (("embeder = 'x'\n", "embeder"), ("[cache]\ncapacty = 1\n", "cache.capacty"), ("a = [", "settings")):
+    for text, says in (
+        ("embeder = 'x'\n", "embeder"),
+        ("[cache]\ncapacty = 1\n", "cache.capacty"),
+        ("a = [", "settings"),
+    ):
         (tmp_path / "modm.toml").write_text(text)
         with pytest.raises(ConfigError, match=says):
             load_settings()
@@ -242,7 +248,9 @@ def test_open_requests_are_found_by_text_earlier_only_and_within_their_space() -
     best = requests.most_similar(unit(1, 0.2), namespace="n", size=None, client=None, before=2.0)
     assert [i.id for i, _ in best] == ["r1", "r0"]
     assert best[0][1] > best[1][1] > 0.9
-    assert [i.id for i, _ in requests.most_similar(unit(1, 0), namespace="n", size=None, client="d", before=9)] == ["r0"]
+    assert [i.id for i, _ in requests.most_similar(unit(1, 0), namespace="n", size=None, client="d", before=9)] == [
+        "r0"
+    ]
     assert requests.most_similar(unit(1, 0), namespace="m", size=None, client=None, before=9) == []
     misses = requests.misses_like(unit(1, 0), namespace="n", size=None, client=None, floor=0.9)
     assert [i.id for i, _ in misses] == ["r0", "r1", "r2"]

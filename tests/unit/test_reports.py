@@ -122,7 +122,9 @@ def test_nothing_of_a_user_becomes_markup() -> None:
 
 def test_the_contact_sheet_takes_any_prompt_and_size() -> None:
     pairs = [
-        Pair(prompt=EVIL * 20 + "\n\x00\u202e", result=png(64), source=png(300), caption="k = 5", source_prompt="s " * 99),
+        Pair(
+            prompt=EVIL * 20 + "\n\x00\u202e", result=png(64), source=png(300), caption="k = 5", source_prompt="s " * 99
+        ),
         Pair(prompt="", result=png(16)),
         Pair(prompt="日本語のプロンプト", result=png(64)),
     ]

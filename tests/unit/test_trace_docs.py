@@ -79,7 +79,9 @@ def test_the_page_shows_what_the_commands_print(page: str, tmp_path: Path, monke
         ran += 1
         assert code == (2 if info == "exit=2" else 0), err
         printed = err if code else out
-        assert [line.rstrip() for line in shown.splitlines()] == [line.rstrip() for line in printed.splitlines()], command
+        assert [line.rstrip() for line in shown.splitlines()] == [line.rstrip() for line in printed.splitlines()], (
+            command
+        )
     assert ran >= 2
     if page == "reports.md":
         assert Path("comparison/index.html").is_file()

@@ -52,7 +52,9 @@ def test_a_long_parquet_is_read_in_parts_and_the_same_rows_come_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stamps = [(i * 37) % 50 for i in range(500)]
-    table = pa.table({"prompt": [f"p{i}" for i in range(500)], "timestamp": pa.array(stamps, pa.timestamp("s", tz="UTC"))})
+    table = pa.table(
+        {"prompt": [f"p{i}" for i in range(500)], "timestamp": pa.array(stamps, pa.timestamp("s", tz="UTC"))}
+    )
     file = tmp_path / "m.parquet"
     pq.write_table(table, file, row_group_size=64)
     expected = [f"p{i}" for _, i in sorted((stamp, i) for i, stamp in enumerate(stamps))]

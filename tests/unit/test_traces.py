@@ -38,7 +38,10 @@ def parquet(path: Path, rows: list[dict[str, Any]], *, group: int = 2) -> Path:
 
 
 def test_jsonl_and_text(tmp_path: Path) -> None:
-    rows = [{"prompt": "a", "arrival_s": 0, "seed": 5, "size": "64x64", "client": "u"}, {"prompt": "b", "arrival_s": 1.5}]
+    rows = [
+        {"prompt": "a", "arrival_s": 0, "seed": 5, "size": "64x64", "client": "u"},
+        {"prompt": "b", "arrival_s": 1.5},
+    ]
     loaded = load_trace(write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n"))
     assert loaded.format == "jsonl"
     assert [(r.prompt, r.arrival_s, r.seed, r.client) for r in loaded.rows] == [("a", 0, 5, "u"), ("b", 1.5, None, "")]

@@ -1,0 +1,124 @@
+"""The chaos run's plan and its judgement: repeatable, and blind to no loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from modm_tasks.messages import Completion, Decision, RequestRecord, Route, State, SubmitRequest
+from ops.chaos.load import body
+from ops.chaos.rig import rig_environ
+from ops.chaos.schedule import FAULTS, plan
+from ops.chaos.verify import Seen, Verdict, judge
+
+
+def record(number: int, state: State = State.DONE, *, route: Route = Route.LARGE_GEN, **fields: Any) -> RequestRecord:
+    done = Completion(
+        uri=f"uri-{number}", width=64, height=64, seed=1, model="m", steps_run=50, skipped_steps=0, depth=0, gpu_s=0.1,
+        vector="", embedder="e",
+    )  # fmt: skip
+    return RequestRecord(
+        id=f"id-{number}",
+        state=state,
+        request=SubmitRequest(prompt=f"prompt {number}"),
+        decision=Decision(route=route, policy="modm-plus", source_id=fields.pop("source_id", None)),
+        completion=done if state is State.DONE else None,
+        attempt=fields.pop("attempt", 1),
+        **fields,
+    )
+
+
+def seen(*records: RequestRecord, **changes: Any) -> Seen:
+    """What a run without any fault would leave."""
+    cached = [r for r in records if r.completion is not None and r.decision and r.decision.route is not Route.STORED]
+    fields: dict[str, Any] = {
+        "records": {r.id: r for r in records},
+        "known": frozenset(r.id for r in records),
+        "states": {r.id: ("accepted", "queued", "running", r.state.value) for r in records},
+        "vectors": {r.id: {"prompt": r.request.prompt, "uri": r.completion.uri} for r in cached if r.completion},
+        "vector_rows": len(cached),
+        "readable": frozenset(r.id for r in records if r.state is State.DONE),
+    }
+    return Seen(**fields | changes)
+
+
+def verdict(what: Seen, *, ids: int = 3, **changes: Any) -> Verdict:
+    prompts = {f"id-{i}": f"prompt {i}" for i in range(ids)}
+    fields: dict[str, Any] = {"prompts": prompts, "poison": (), "damaged": {}, "max_attempts": 6}
+    return judge(what, **fields | changes)
+
+
+def test_the_plan_is_a_function_of_the_seed() -> None:
+    first = plan(7, rounds=2, requests=240)
+    assert first == plan(7, rounds=2, requests=240)
+    assert first != plan(8, rounds=2, requests=240)
+    assert sorted(name for _, name in first) == sorted([*FAULTS] * 2)
+    assert [at for at, _ in first] == sorted(at for at, _ in first)
+    assert first[0][0] > 0
+    assert first[-1][0] <= 240
+
+
+def test_the_load_is_a_function_of_the_seed() -> None:
+    assert body(3, "p", 1) == body(6, "p", 1) != body(3, "p", 2)
+    assert body(1, "p", 1) == {"prompt": "p"}
+
+
+def test_a_callers_settings_win_over_the_runs_but_not_its_home() -> None:
+    environ = rig_environ({"MODM_WORKER__LEASE_S": "9", "MODM_HOME": "elsewhere", "PATH": "p"})
+    assert environ["MODM_WORKER__LEASE_S"] == "9"
+    assert environ["MODM_WORKER__MAX_ATTEMPTS"] == "6"
+    assert "MODM_HOME" not in environ
+
+
+def test_a_run_without_faults_is_clean() -> None:
+    found = verdict(seen(*(record(i) for i in range(3))))
+    assert found.clean
+    assert (found.accepted, found.done) == (3, 3)
+
+
+def test_poison_that_failed_after_all_attempts_is_clean() -> None:
+    rows = (record(0), record(1), record(2, State.FAILED, attempt=6))
+    assert verdict(seen(*rows), poison={"id-2"}).clean
+    assert verdict(seen(*rows)).missed == {"failed": 1}
+    early = (record(0), record(1), record(2, State.FAILED, attempt=5))
+    assert verdict(seen(*early), poison={"id-2"}).missed == {"poison_wrong": 1}
+    assert verdict(seen(*(record(i) for i in range(3))), poison={"id-2"}).missed == {"poison_wrong": 1}
+
+
+ROWS = tuple(record(i) for i in range(3))
+
+
+@pytest.mark.parametrize(
+    ("what", "missed"),
+    [
+        (seen(*ROWS[:2]), "lost"),
+        (seen(*ROWS[:2], record(2, State.RUNNING)), "lost"),
+        (seen(*ROWS, states={r.id: ("running", "done", "done") for r in ROWS}), "doubled"),
+        (seen(*ROWS, states={r.id: ("running", "failed", "done") for r in ROWS}), "doubled"),
+        (seen(*ROWS, known=frozenset({"id-0", "id-1", "id-2", "twin"})), "accepted_twice"),
+        (seen(*ROWS, readable=frozenset({"id-0"})), "without_image"),
+        (seen(*ROWS, vectors={}, vector_rows=0), "without_vector"),
+        (seen(*ROWS, vectors={r.id: {"prompt": "x", "uri": "uri-0"} for r in ROWS}), "wrong_payload"),
+        (seen(*ROWS, vector_rows=4), "extra_vectors"),
+    ],
+)
+def test_everything_else_is_seen(what: Seen, missed: str) -> None:
+    found = verdict(what)
+    assert set(found.missed) == {missed}
+    assert not found.clean
+
+
+def test_work_done_twice_is_counted_but_allowed() -> None:
+    states = {r.id: ("queued", "running", "queued", "running", "done") for r in ROWS}
+    assert verdict(seen(*ROWS, states=states)).computed_twice == 3
+    assert verdict(seen(*ROWS, states=states)).clean
+
+
+def test_a_stored_repeat_needs_no_vector_but_a_readable_image() -> None:
+    """Unless the image was broken after the answer was given."""
+    repeat = record(2, route=Route.STORED, source_id="id-0", done_s=100.0)
+    unreadable = seen(*ROWS[:2], repeat, readable=frozenset({"id-1"}))
+    assert verdict(seen(*ROWS[:2], repeat)).clean
+    assert verdict(unreadable, damaged={"id-0": 50.0}).missed == {"without_image": 1}
+    assert verdict(unreadable, damaged={"id-0": 150.0}).clean
