@@ -320,6 +320,14 @@ class Ledger(ClusterState):
         return {i for i, n in zip(request_ids, held, strict=True) if n is not None}
 
     @guarded
+    def known(self, request_ids: Sequence[str]) -> set[str]:
+        """Those of some ids that the ledger has a record of: their image files are still somebody's result."""
+        pipe = self.redis.pipeline(transaction=False)
+        for request_id in request_ids:
+            pipe.exists(self._key(request_id))
+        return {i for i, there in zip(request_ids, pipe.execute(), strict=True) if there}
+
+    @guarded
     def now_s(self) -> float:
         """The Redis clock, Unix seconds: the one clock of all records."""
         seconds, micros = self.redis.time()

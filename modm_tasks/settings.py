@@ -96,7 +96,7 @@ class ControllerSettings(Section):
     static_large: int = Field(1, ge=0, description="Large workers under allocation=static.")
     period_s: PositiveS = Field(180.0, description="Seconds between decisions (the paper's 180).")
     window_s: PositiveS = Field(180.0, description="Observation window.")
-    bucket_s: PositiveS = Field(10.0, description="Granularity of the window.")
+    bucket_s: float = Field(10.0, ge=0.01, le=3600, description="Granularity of the window.")
     min_dwell_s: float = Field(20.0, ge=0, description="Shortest stay of a worker in a role under allocation=slo.")
     leader_ttl_s: PositiveS = Field(6.0, description="Life of the leader lock without renewal.")
     reconcile_s: PositiveS = Field(1.0, description="Seconds between looks at what the workers really consume.")

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Respons
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 
 from modm_tasks import __version__
 from modm_tasks.errors import InvalidInputError, ModmError, NotFoundError, RefusedError
@@ -58,6 +59,15 @@ def _validation_error(_: Request, error: Exception) -> Response:
     return _modm_error(_, InvalidInputError(f"{field or 'body'}: {reason}", field=field or None))
 
 
+def _http_error(_: Request, error: Exception) -> Response:
+    """FastAPI's own refusals (undecodable body, unknown path, wrong method) in the same shape as ours."""
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_input")
+    body = {"error": {"code": code, "message": str(error.detail), "field": None}}
+    headers = dict(error.headers or {}) | {"x-should-retry": "false"}
+    return JSONResponse(body, status_code=error.status_code, headers=headers)
+
+
 def build_app(
     make_service: Callable[[], Service], gate: Gate, *, routers: Callable[[Service], list[APIRouter]] | None = None
 ) -> FastAPI:
@@ -80,6 +90,7 @@ def build_app(
     app.state.gate = gate
     app.add_exception_handler(ModmError, _modm_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
     from orchestrator.api_images import router as images_router
 
     app.include_router(health_routes())

@@ -35,7 +35,16 @@ def folder_routers(service: Service, gate: Gate) -> list[APIRouter]:
 
     guard: list[Any] = [Depends(gate.by_method(read="read", write="admin"))]
     cache, controller = APIRouter(dependencies=guard), APIRouter(dependencies=guard)
-    cache.include_router(cache_router(lambda: service.parts.cache, lambda: service.parts.embedder), prefix="/v1/cache")
+    cache.include_router(
+        cache_router(
+            lambda: service.parts.cache,
+            lambda: service.parts.embedder,
+            in_use=service.ledger.in_use,
+            referenced=service.ledger.known,
+            on_purge=service.forget_finished,
+        ),
+        prefix="/v1/cache",
+    )
     controller.include_router(controller_router(lambda: service.ledger))
     return [cache, controller]
 

@@ -59,6 +59,7 @@ class Service:
         self._lock = threading.Lock()
 
     def start(self) -> None:
+        self.parts.cache.tidy()
         self.parts.pipeline.start()
         self.parts.admission.start()
         self.parts.watchdog.start()
@@ -229,6 +230,12 @@ class Service:
         uri = self.ledger.forget(request_id)
         if uri and self.parts.cache.get(request_id, namespace=record.request.namespace) is None:
             self.parts.images.delete(uri)
+
+    def forget_finished(self, request_ids: Sequence[str]) -> None:
+        """Drop the records of purged images, so that their prompts are gone too. Open requests stay."""
+        for record in self.ledger.get_many(request_ids):
+            if record.state in FINAL:
+                self.ledger.forget(record.id)
 
     # --- health -------------------------------------------------------------------------------------------------
 

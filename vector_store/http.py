@@ -15,7 +15,7 @@ from fastapi import APIRouter, File, Form, Query, Response, UploadFile
 from fastapi.responses import StreamingResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from modm_tasks.errors import InvalidInputError, NotFoundError
+from modm_tasks.errors import InvalidInputError, NotFoundError, SourceImageError
 from modm_tasks.image_store import decode_image
 from modm_tasks.messages import MAX_PROMPT_CHARS, Namespace
 from vector_store import admin, archive
@@ -161,7 +161,11 @@ def _reading(router: APIRouter, get_cache: Callable[[], ImageCache], get_embedde
         limit: Annotated[int, Form(ge=1, le=100)] = 10,
     ) -> dict[str, Any]:
         """The images nearest to an image."""
-        vector = get_embedder().embed_images([decode_image(_read(file), what="file")])[0]
+        try:
+            image = decode_image(_read(file), what="file")
+        except SourceImageError as error:
+            raise InvalidInputError(str(error), field="file") from error
+        vector = get_embedder().embed_images([image])[0]
         return {"matches": [m.entry.as_json() for m in get_cache().search(vector, namespace=namespace, limit=limit)]}
 
     @router.get("/export", response_class=StreamingResponse, responses=TAR)
