@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI
 from typer.testing import CliRunner, Result
 
-from modm_tasks.errors import ModmError
+from orchestrator.api import add_error_handlers
 from vector_store.cache import ImageCache
 from vector_store.cli import cache_app
 from vector_store.embedder import HashEmbedder
@@ -37,7 +36,7 @@ class Served:
             on_purge=self.purged.extend,
         )
         app.include_router(router, prefix="/v1/cache")
-        app.add_exception_handler(ModmError, _answer)
+        add_error_handlers(app)
         self.sock = socket.create_server(("127.0.0.1", 0))
         self.server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.sock]})
@@ -52,9 +51,3 @@ class Served:
         self.server.should_exit = True
         self.thread.join(timeout=10)
         self.sock.close()
-
-
-def _answer(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, ModmError)
-    body = {"error": {"code": error.code, "message": str(error), "field": error.field}}
-    return JSONResponse(body, status_code=error.http_status)
