@@ -94,15 +94,28 @@ def chain_similarity(prompts: Sequence[Prompt], texts: np.ndarray, images: np.nd
     return cosines
 
 
-def measure(work: Path, processes: int) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], float]:
-    """Per depth: similarities and qualities of pairs; and the large model's own quality on the same prompts."""
+def fit_prediction(text_to_text: np.ndarray, text_to_image: np.ndarray) -> dict[str, float]:
+    """Line from the cosine of two prompts to that of the one with the other's picture: what a request may expect of a
+    source that is not drawn yet. ``error`` is the root mean square of what the line misses.
+    """
+    x, y = text_to_text.ravel(), text_to_image.ravel()
+    slope, intercept = np.polyfit(x, y, 1)
+    error = float(np.sqrt(np.mean((slope * x + intercept - y) ** 2)))
+    return {"slope": round(float(slope), 4), "intercept": round(float(intercept), 4), "error": round(error, 4)}
+
+
+def measure(work: Path, processes: int) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], float, dict[str, float]]:
+    """Per depth: similarities and qualities of pairs; the large model's own quality on the same prompts; and the line
+    that predicts similarity from texts alone."""
     prompts = calibration_prompts()
     folder = work / "pictures"
     jobs = [Job(LARGE, p.text, p.seed) for p in prompts]
     images = draw_all(jobs, folder, processes=processes, label="calibrate large")
     scenes = [p.scene for p in prompts]
     large = float(attribute_accuracy(images, scenes)["mean"].mean())
-    similarity = chain_similarity(prompts, embed_texts([p.text for p in prompts]), embed_images(images))
+    texts = embed_texts([p.text for p in prompts])
+    similarity = chain_similarity(prompts, texts, embed_images(images))
+    prediction = fit_prediction(chain_similarity(prompts, texts, texts), similarity)
     # Two of the five possible sources a prompt and depth, rotated so that every distance comes up equally often.
     plan: list[tuple[int, int, int]] = []
     for r, depth in enumerate(DEPTHS):
@@ -118,7 +131,7 @@ def measure(work: Path, processes: int) -> tuple[dict[int, tuple[np.ndarray, np.
     for depth in DEPTHS:
         rows = [n for n, (d, _, _) in enumerate(plan) if d == depth]
         measured[depth] = (np.array([similarity[plan[n][1], plan[n][2]] for n in rows]), quality[rows])
-    return measured, large
+    return measured, large, prediction
 
 
 def _source(jobs: Sequence[Job], prompt: Prompt, member: int, folder: Path) -> str:
@@ -130,7 +143,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=work_folder())
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
-    measured, large = measure(arguments.work, arguments.processes)
+    measured, large, prediction = measure(arguments.work, arguments.processes)
     target = (ALPHA + MARGIN) * large
     rungs = build_ladder(measured, target)
     profile = {
@@ -149,6 +162,7 @@ def main() -> None:
         "num_inference_steps": STEPS,
         "alpha": ALPHA,
         "rungs": [{"min_similarity": r.min_similarity, "skipped_steps": r.skipped_steps} for r in rungs],
+        "prediction": prediction,
         "hold_out": {
             "prompts": len(calibration_prompts()),
             "large_quality": round(large, 4),
