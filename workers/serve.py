@@ -199,6 +199,9 @@ def _draw(runtime: Runtime, record: RequestRecord, control: Control, lease: Leas
         "on_step": lease.on_step,
     }
     if decision is None or decision.source_uri is None:
+        if request.num_inference_steps is None and control.degradation > settings.slo.floor_threshold_rungs:
+            # Overload: the rungs of the hit threshold go first (the router's part), then steps of large images.
+            common["num_inference_steps"] = min(settings.slo.floor_steps, settings.num_inference_steps)
         return runtime.engine.generate(GenerateParams(size=size, **common))
     source = runtime.store.read(decision.source_uri)
     return runtime.engine.refine(

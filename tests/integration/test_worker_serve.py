@@ -211,3 +211,26 @@ def test_status_says_who_is_ready(runtime: Runtime) -> None:
     finally:
         runtime.stop()
     assert runtime.ledger.workers() == []
+
+
+def test_overload_takes_steps_of_large_images_after_the_rungs(runtime: Runtime) -> None:
+    """Degradation 1 lowers the hit threshold (the router's part); 2 draws large images in `slo.floor_steps` steps."""
+    ran = []
+    for level in (0, 1, 2):
+        runtime.ledger.set_control(degradation=level)
+        request_id = submit(runtime)
+        serve_one(runtime, LARGE)
+        done = runtime.ledger.get(request_id).completion
+        assert done is not None
+        ran.append(done.steps_run)
+    assert ran == [50, 50, runtime.settings.slo.floor_steps]
+
+
+def test_an_image_that_the_safety_hook_refuses_is_not_published(runtime: Runtime) -> None:
+    runtime.safety_hook = lambda prompt, image: None if image is None else "too red"
+    request_id = submit(runtime)
+    serve_one(runtime, LARGE)
+    record = runtime.ledger.get(request_id)
+    assert record.state is State.FAILED
+    assert "too red" in (record.error or "")
+    assert list(runtime.store.list()) == []

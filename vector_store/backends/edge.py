@@ -1,7 +1,7 @@
 """The embedded engine: Qdrant's own segments inside this process, one folder per collection, no server.
 
-Measured on a 2-core AMD EPYC (`ops/benchmarks/search.py`; docs/cache.md holds the table): exact search about 1 ms at
-10,000 x 768 and 14 ms at 100,000; int8 codes with rescoring 3 ms and binary ones 1.2 ms at 100,000. Where it breaks:
+Measured by `ops/benchmarks/search.py` (docs/performance.md): exact search some 1 ms at 10,000 x 768. Field measurements on
+a like machine: 14 ms at 100,000, with int8 codes and rescoring 3 ms, with binary ones 1.2 ms. Where it breaks:
 one process only, every call holds the GIL for its whole time, so a long one stops every thread; building HNSW would
 for minutes, so it is off.
 """
