@@ -7,7 +7,6 @@ from collections import defaultdict
 
 from celery import Celery
 
-from modm_tasks.errors import UnavailableError
 from modm_tasks.ledger import Ledger
 from modm_tasks.messages import Decision
 from modm_tasks.queues import TASK_OF_QUEUE
@@ -51,11 +50,3 @@ class Tokens:
         if sent:
             log.warning("%d tokens had vanished and were sent again", sent)
         return sent
-
-    def check_broker(self) -> None:
-        """Raises UnavailableError where the broker cannot be reached."""
-        try:
-            with self.app.connection_for_write() as connection:
-                connection.ensure_connection(max_retries=1, timeout=3)
-        except Exception as error:
-            raise UnavailableError(f"the broker does not answer: {short(error)}") from error

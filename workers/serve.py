@@ -58,7 +58,7 @@ def model_for(record: RequestRecord, settings: Settings, *, role: str | None, mo
 def verify_floor(record: RequestRecord, control: Control) -> float | None:
     """Lowest image-to-prompt cosine at which a refined hit is kept, or None when it is not to be verified.
 
-    The floor is the runtime control's; the orchestrator sets it such that ``routing.escalation_rate`` holds. A request
+    The floor is the runtime control's, set by an operator; ``_within_budget`` bounds how many hits it sends back. A request
     that names its own features is verified only if ``verify`` is among them.
     """
     decision, features = record.decision, record.request.features
@@ -138,12 +138,21 @@ def _attempt(runtime: Runtime, record: RequestRecord, lease: Lease, written: lis
     uri, n_bytes = runtime.store.write(record.id, record.attempt, drawn.image)
     written.append(uri)
     completion = _completion(runtime, record, drawn, uri, n_bytes, encode_vector(vector), score)
-    if floor is not None and score is not None and score < floor:
+    if floor is not None and score is not None and score < floor and _within_budget(runtime, control):
         reason = f"verify: score {score:.4f} below {floor:.4f}"
         _insist(lambda: ledger.reroute_to_large(record.id, record.attempt, reason, fallback=completion))
         return f"verification failed, {TO_LARGE}"
     _insist(lambda: ledger.finish(record.id, record.attempt, completion))
     return "done"
+
+
+def _within_budget(runtime: Runtime, control: Control) -> bool:
+    """Whether the window's share of hits that went to the large model after all leaves room for one more."""
+    settings, ledger = runtime.settings, runtime.ledger
+    rate = settings.routing.escalation_rate if control.escalation_rate is None else control.escalation_rate
+    bucket_s = control.bucket_s or settings.controller.bucket_s
+    window = ledger.window(window_s=settings.controller.window_s, bucket_s=bucket_s, now_s=ledger.now_s())
+    return window.get("rerouted", 0.0) < rate * max(1.0, window.get("hits", 0.0))
 
 
 def _completion(

@@ -234,3 +234,21 @@ def test_an_image_that_the_safety_hook_refuses_is_not_published(runtime: Runtime
     assert record.state is State.FAILED
     assert "too red" in (record.error or "")
     assert list(runtime.store.list()) == []
+
+
+def test_a_refined_image_below_the_floor_is_drawn_again_within_the_budget(runtime: Runtime) -> None:
+    source = served(runtime, submit(runtime)).completion
+    assert source is not None
+    hit = Decision(route=Route.SMALL_REFINE, policy="t", skipped_steps=10, source_id="s", source_uri=source.uri)
+    runtime.ledger.set_control(verify_floor=1.5, escalation_rate=1.0)
+    request_id = submit(runtime, hit)
+    assert served(runtime, request_id, SMALL).state is State.QUEUED
+    drawn = served(runtime, request_id, LARGE).completion
+    assert drawn is not None
+    assert drawn.escalated
+    assert drawn.first_clip_score == pytest.approx(1.0, abs=1e-5)
+    assert drawn.model == runtime.settings.large_model
+    runtime.ledger.set_control(escalation_rate=0.0)
+    kept = served(runtime, submit(runtime, hit), SMALL).completion
+    assert kept is not None
+    assert (kept.model, kept.escalated) == (runtime.settings.small_model, False)
