@@ -145,7 +145,7 @@ class ClusterState:
     @guarded
     def window(self, *, window_s: float, bucket_s: float, now_s: float) -> dict[str, float]:
         """Sums over the last ``window_s``: arrivals, hits, misses, k:<k>, done, failed, refused, latency_sum,
-        slo_total, slo_missed, model:<name>:{n,steps,gpu_s}, clip_sum, clip_n, retries, rerouted, waited, stored.
+        slo_total, slo_missed, model:<name>:{n,steps,gpu_s}, clip_sum, clip_n, retries, rerouted, escalated, waited, stored.
         """
         total: dict[str, float] = {}
         for row in self.series(window_s=window_s, bucket_s=bucket_s, now_s=now_s):

@@ -104,6 +104,7 @@ redis.call('HSET', key(id), 'decision', ARGV[3])
 source(id, '')
 if ARGV[5] ~= '' then redis.call('HSET', key(id), ARGV[5], ARGV[6]) end
 count('rerouted')
+if ARGV[5] == 'fallback' then count('escalated') end
 return {r}
 """
 )

@@ -147,12 +147,12 @@ def _attempt(runtime: Runtime, record: RequestRecord, lease: Lease, written: lis
 
 
 def _within_budget(runtime: Runtime, control: Control) -> bool:
-    """Whether the window's share of hits that went to the large model after all leaves room for one more."""
+    """Whether the share of the window's hits that were drawn again leaves room for one more."""
     settings, ledger = runtime.settings, runtime.ledger
     rate = settings.routing.escalation_rate if control.escalation_rate is None else control.escalation_rate
     bucket_s = control.bucket_s or settings.controller.bucket_s
     window = ledger.window(window_s=settings.controller.window_s, bucket_s=bucket_s, now_s=ledger.now_s())
-    return window.get("rerouted", 0.0) < rate * max(1.0, window.get("hits", 0.0))
+    return window.get("escalated", 0.0) < rate * max(1.0, window.get("hits", 0.0))
 
 
 def _completion(
