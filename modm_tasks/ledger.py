@@ -206,25 +206,29 @@ class Ledger(LedgerReads):
 
     @guarded
     def fail(self, request_id: str, attempt: int, error: str, *, retry: bool) -> State:
-        """Report an error: queued again while attempts are left and ``retry``, else failed."""
+        """Report an error: queued again while attempts are left and ``retry``, else failed; cancelled if that was asked."""
         reply = self._owned("FAIL", request_id, attempt, error[:500], int(retry), self.max_attempts)
         return State(reply[0])
 
     @guarded
-    def give_back(self, request_id: str, attempt: int) -> None:
-        """Queue it again at its old rank; the attempt does not count."""
-        self._owned("GIVE_BACK", request_id, attempt)
+    def give_back(self, request_id: str, attempt: int) -> State:
+        """Queue it again at its old rank, the attempt not counted; where its user has cancelled it, it ends."""
+        return State(self._owned("GIVE_BACK", request_id, attempt)[0])
 
     @guarded
     def reroute_to_large(
         self, request_id: str, attempt: int, reason: str, *, fallback: Completion | None = None
-    ) -> None:
-        """Queue a hit as a miss: its source is gone, or its refined image scored too low (then kept as fallback)."""
+    ) -> State:
+        """Queue a hit as a miss: its source is gone, or its refined image scored too low (then kept as fallback).
+
+        Where its user has cancelled it meanwhile, it ends.
+        """
         decision = Decision(route=Route.LARGE_GEN, policy="reroute", reason=reason)
-        self._owned(
+        reply = self._owned(
             "REROUTE", request_id, attempt, decision.model_dump_json(), reason[:300],
             "fallback" if fallback else "", fallback.model_dump_json() if fallback else "",
         )  # fmt: skip
+        return State(reply[0])
 
     @guarded
     def finish_cancelled(self, request_id: str, attempt: int) -> None:

@@ -34,6 +34,14 @@ if redis.call('HGET', key(id), 'state') ~= 'running' or redis.call('HGET', key(i
 end
 """
 
+#: What would put the request back ends it instead where its user has cancelled it since the last renewal.
+_UNLESS_CANCELLED = """
+if redis.call('HEXISTS', key(id), 'cancel') == 1 then
+  move(id, 'cancelled', 'its attempt ended')
+  return {'cancelled'}
+end
+"""
+
 #: id, attempt, lease_s, step
 RENEW = (
     PRELUDE
@@ -70,6 +78,7 @@ return {'ok'}
 FAIL = (
     PRELUDE
     + _OWNED
+    + _UNLESS_CANCELLED
     + """
 redis.call('HSET', key(id), 'error', ARGV[3])
 if ARGV[4] == '1' and tonumber(redis.call('HGET', key(id), 'tries')) < tonumber(ARGV[5]) then
@@ -86,10 +95,11 @@ return {'failed'}
 GIVE_BACK = (
     PRELUDE
     + _OWNED
+    + _UNLESS_CANCELLED
     + """
 redis.call('HINCRBY', key(id), 'tries', -1)
 enqueue(id, redis.call('HGET', key(id), 'queue'), 'given back')
-return {'ok', redis.call('HGET', key(id), 'queue')}
+return {'queued'}
 """
 )
 
@@ -97,15 +107,16 @@ return {'ok', redis.call('HGET', key(id), 'queue')}
 REROUTE = (
     PRELUDE
     + _OWNED
+    + _UNLESS_CANCELLED
     + """
 redis.call('HINCRBY', key(id), 'tries', -1)
-local r = enqueue(id, 'large-gen', ARGV[4])
+enqueue(id, 'large-gen', ARGV[4])
 redis.call('HSET', key(id), 'decision', ARGV[3])
 source(id, '')
 if ARGV[5] ~= '' then redis.call('HSET', key(id), ARGV[5], ARGV[6]) end
 count('rerouted')
 if ARGV[5] == 'fallback' then count('escalated') end
-return {r}
+return {'queued'}
 """
 )
 

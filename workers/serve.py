@@ -140,7 +140,11 @@ def _attempt(runtime: Runtime, record: RequestRecord, lease: Lease, written: lis
     completion = _completion(runtime, record, drawn, uri, n_bytes, encode_vector(vector), score)
     if floor is not None and score is not None and score < floor and _within_budget(runtime, control):
         reason = f"verify: score {score:.4f} below {floor:.4f}"
-        _insist(lambda: ledger.reroute_to_large(record.id, record.attempt, reason, fallback=completion))
+        if _insist(lambda: ledger.reroute_to_large(record.id, record.attempt, reason, fallback=completion)) is (
+            State.CANCELLED
+        ):
+            _drop(runtime, written)
+            return State.CANCELLED
         return f"verification failed, {TO_LARGE}"
     _insist(lambda: ledger.finish(record.id, record.attempt, completion))
     return "done"
@@ -236,8 +240,8 @@ def _ended(runtime: Runtime, record: RequestRecord, error: ModmError, written: l
             return "cancelled"
         if isinstance(error, SourceImageError):
             log.warning("%s; sent to the large model", error, extra=where)
-            ledger.reroute_to_large(record.id, record.attempt, str(error))
-            return f"source gone, {TO_LARGE}"
+            state = ledger.reroute_to_large(record.id, record.attempt, str(error))
+            return f"source gone, {TO_LARGE if state is State.QUEUED else state}"
         if isinstance(error, OutOfMemoryError):
             # Counted as an attempt: a request too big for every GPU must end, not visit them for ever.
             log.error("%s", error, extra=where)
@@ -246,8 +250,8 @@ def _ended(runtime: Runtime, record: RequestRecord, error: ModmError, written: l
             return f"out of memory, {AGAIN if state is State.QUEUED else state}"
         log.error("%s", error, extra=where)
         if isinstance(error, UnavailableError):
-            ledger.give_back(record.id, record.attempt)
-            return f"given back, {AGAIN}"
+            state = ledger.give_back(record.id, record.attempt)
+            return f"given back, {AGAIN if state is State.QUEUED else state}"
         # Another worker may do better than this one, but no worker can help a request that is wrong in itself.
         is_ours = isinstance(error, EngineError)
         state = ledger.fail(record.id, record.attempt, str(error), retry=is_ours)

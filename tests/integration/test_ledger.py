@@ -158,10 +158,9 @@ def test_poison_fails_after_three_deaths_and_can_be_retried(ledger: Ledger) -> N
         ledger.retry(request_id)
 
 
-def test_a_retried_request_forgets_its_cancellation_and_its_source(ledger: Ledger) -> None:
+def test_a_retried_request_forgets_its_source(ledger: Ledger) -> None:
     request_id, other = queued(ledger, decision=hit("src")), queued(ledger, decision=hit("src"))
     ledger.claim("small-refine", "w", lease_s=5)
-    assert ledger.cancel(request_id) is State.RUNNING
     assert ledger.fail(request_id, 1, "two\nlines\r\nof error", retry=False) is State.FAILED
     ledger.retry(request_id)
     assert ledger.route(request_id, MISS)
@@ -226,6 +225,28 @@ def test_cancel_in_every_state(ledger: Ledger) -> None:
         ledger.cancel(running)
     with pytest.raises(NotFoundError):
         ledger.cancel(new_request_id())
+
+
+@pytest.mark.parametrize("move", ["fail", "fail for good", "give back", "reroute"])
+def test_a_request_cancelled_while_it_runs_is_never_queued_again(ledger: Ledger, move: str) -> None:
+    """The worker may not have heard of it yet: its next move, whatever it is, ends the request."""
+    request_id = queued(ledger, decision=hit("src"), client="c")
+    ledger.claim("small-refine", "w", lease_s=5)
+    assert ledger.cancel(request_id) is State.RUNNING
+    moves: dict[str, Callable[[], State]] = {
+        "fail": lambda: ledger.fail(request_id, 1, "boom", retry=True),
+        "fail for good": lambda: ledger.fail(request_id, 1, "boom", retry=False),
+        "give back": lambda: ledger.give_back(request_id, 1),
+        "reroute": lambda: ledger.reroute_to_large(request_id, 1, "low score", fallback=completion()),
+    }
+    assert moves[move]() is State.CANCELLED
+    record = ledger.get(request_id)
+    assert record.state is State.CANCELLED
+    assert record.error is None
+    assert [ledger.index(name) for name in ("open", "running", "failed")] == [[], [], []]
+    assert ledger.in_use(["src"]) == set()
+    assert ledger.claim("small-refine", "w", lease_s=5) is None
+    assert ledger.claim("large-gen", "w", lease_s=5) is None
 
 
 def test_waiting_ends_with_the_source(ledger: Ledger) -> None:

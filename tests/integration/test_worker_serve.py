@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from modm_tasks.errors import EngineError, InvalidInputError, OutOfMemoryError
+from modm_tasks.errors import EngineError, InvalidInputError, OutOfMemoryError, SourceImageError, UnavailableError
 from modm_tasks.image_store import ImageStore
 from modm_tasks.ledger import Ledger
 from modm_tasks.messages import Decision, RequestRecord, Route, State, SubmitRequest, new_request_id
@@ -159,6 +159,42 @@ def test_an_interrupted_worker_gives_its_request_back_uncounted(runtime: Runtime
         serve_one(runtime, LARGE)
     assert runtime.ledger.get(request_id).state is State.QUEUED
     assert runtime.ledger.field(request_id, "tries") == "0"
+
+
+@pytest.mark.parametrize(
+    "trouble", [OutOfMemoryError("no room"), EngineError("broken"), UnavailableError("away"), SourceImageError("gone")]
+)
+def test_a_cancellation_that_crosses_an_error_ends_the_request(runtime: Runtime, trouble: Exception) -> None:
+    """No token is sent, so nobody draws what nobody waits for."""
+    request_id = submit(runtime)
+
+    def cancelled(params: GenerateParams, start: int) -> Drawn:
+        runtime.ledger.cancel(request_id)
+        raise trouble
+
+    engine_of(runtime)._run = cancelled  # type: ignore[method-assign]
+    out = serve_one(runtime, LARGE)
+    assert out["outcome"].endswith("cancelled")
+    assert "waits_in" not in out
+    assert runtime.ledger.get(request_id).state is State.CANCELLED
+
+
+def test_a_cancellation_that_crosses_a_failed_verification_leaves_no_file(runtime: Runtime) -> None:
+    source = served(runtime, submit(runtime)).completion
+    assert source is not None
+    hit = Decision(route=Route.SMALL_REFINE, policy="t", skipped_steps=10, source_id="s", source_uri=source.uri)
+    runtime.ledger.set_control(verify_floor=1.5, escalation_rate=1.0)
+    request_id = submit(runtime, hit)
+    write = runtime.store.write
+
+    def cancelled(*args: Any) -> Any:
+        runtime.ledger.cancel(request_id)
+        return write(*args)
+
+    runtime.store.write = cancelled  # type: ignore[method-assign]
+    assert serve_one(runtime, SMALL)["outcome"] == "cancelled"
+    assert runtime.ledger.get(request_id).state is State.CANCELLED
+    assert [file.uri for file in runtime.store.list()] == [source.uri]
 
 
 def test_a_lost_lease_ends_the_run_and_leaves_no_file(runtime: Runtime) -> None:
