@@ -6,8 +6,9 @@ RUN useradd --create-home --uid 10001 modm && mkdir -p /app /var/lib/modm && cho
 USER modm
 WORKDIR /app
 COPY --chown=modm:modm . .
-RUN TORCH=rocm TORCH_INDEX="$TORCH_INDEX" ops/setup.sh && rm -rf ~/.cache
+RUN TORCH=rocm TORCH_INDEX="$TORCH_INDEX" ops/setup.sh && rm -rf ~/.cache && mkdir -p ~/.cache/huggingface
 ENV PATH=/app/.venv/bin:$PATH MODM_HOME=/var/lib/modm PYTHONUNBUFFERED=1
+# A named volume takes the owner of the folder that it covers, so both exist and are modm's.
 VOLUME /var/lib/modm
 ENTRYPOINT ["modm"]
 CMD ["--help"]
