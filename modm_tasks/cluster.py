@@ -6,7 +6,7 @@ All of it is state, not commands: whoever restarts reads it again and continues.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -37,6 +37,7 @@ class Control(BaseModel):
     bucket_s: float | None = Field(None, ge=0.01, le=3600)
     degradation: int = Field(0, ge=0, description="Steps of quality given up under overload.")
     refuse_until_s: float = Field(0.0, description="Unix seconds until which new work is refused.")
+    cache_admission: Literal["all", "large-only"] | None = None
     verify_floor: float | None = Field(None, description="CLIP score below which a refined image is drawn again.")
     escalation_rate: float | None = Field(None, ge=0, le=1)
 

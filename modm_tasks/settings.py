@@ -91,7 +91,7 @@ class WorkerSettings(Section):
 class ControllerSettings(Section):
     """Rate controller."""
 
-    allocation: str = Field("modm-throughput", description="static | modm-quality | modm-throughput | slo.")
+    allocation: str = Field("slo", description="static | modm-quality | modm-throughput | slo.")
     variant: Literal["paper", "code"] = Field("paper", description="Where paper and reference code differ.")
     static_large: int = Field(1, ge=0, description="Large workers under allocation=static.")
     period_s: PositiveS = Field(180.0, description="Seconds between decisions (the paper's 180).")

@@ -51,7 +51,6 @@ def demo_environ(environ: Mapping[str, str], home: Path, engine: str) -> dict[st
         "MODM_HOME": str(home),
         "MODM_CONFIG": str(home / "modm.toml"),
         "MODM_API__PORT": "0",
-        "MODM_WORKER__MODE": "pooled",
         "MODM_WORKER__ENGINE": engine,
         "MODM_WORKER__DEVICE": "cpu",
         # Roles are to move within a run of half a minute, so the controller looks at the last 20 s, not the last 180.
@@ -107,7 +106,7 @@ class Demo:
             client.put("/v1/control", json=changes)
 
     def run(self) -> dict[str, Any]:
-        self.modm("up", "--workers", "2", "--mode", "pooled")
+        self.modm("up", "--workers", "2")  # allocation `slo`, which pools the roles of workers that hold both models
         large = self.replay(Run(name="large-only", policy="large-only", requests=self.requests, warm=False))
         pooled = self.replay(Run(name="modm", policy="modm", requests=self.requests))
         # The published roles: both workers begin as large ones, as in the paper's artefact, and the controller moves

@@ -140,7 +140,7 @@ class Admission:
         if record.request.cache == "no-store":
             return False
         large = record.decision is None or record.decision.route is Route.LARGE_GEN
-        return large or self.cache.settings.cache.admission == "all"
+        return large or (self.ledger.control().cache_admission or self.cache.settings.cache.admission) == "all"
 
     @staticmethod
     def _entry(record: RequestRecord) -> ImageEntry:

@@ -68,7 +68,7 @@ def orchestrator(
 def _mount() -> None:
     """Sub-apps of the folders. Each module imports only typer and the standard library at its top."""
     from ops.cli import doctor, down, flower, up
-    from orchestrator.cli_bench import bench_app
+    from orchestrator.cli_bench_compare import bench_app
     from orchestrator.cli_controller import controller_app, workers_app
     from orchestrator.cli_keys import keys_app
     from orchestrator.cli_report import report_app

@@ -142,6 +142,11 @@ def _csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) 
             writer.writerow({name: _cell(value) for name, value in row.items()})
 
 
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Like rows as CSV; an empty file where there are none."""
+    _csv(path, tuple(rows[0]) if rows else (), rows)
+
+
 def _cell(value: Any) -> Any:
     """A prompt that starts like a formula gets an apostrophe, so that a spreadsheet shows it and does not run it."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

@@ -28,7 +28,7 @@ class SimConfig:
     policy: str = "modm"
     features: frozenset[str] = field(default_factory=frozenset)
     workers: WorkersMode = "pooled"
-    allocation: str = "modm-throughput"
+    allocation: str = "slo"
     variant: Variant = "paper"
     static_large: int = 1
     total_steps: int = 50

@@ -46,6 +46,18 @@ def test_low_load_buys_quality_and_the_reason_says_so() -> None:
     assert [c.n_large for c in choice.candidates][-1] == 16
 
 
+def test_where_everything_is_late_already_the_most_work_decides() -> None:
+    # Two workers, published roles. 100 hits of 0.3 s wait for a minute against an SLO of 4 s: every candidate breaks them
+    # all. In the horizon of 20 s a small worker and an idle large one, a quarter as fast, do 83; two large ones do 33.
+    s = ClusterSnapshot(
+        now_s=100.0, n_workers=2, n_large=2, large_s=2.0, small_s=0.5, k_histogram={20: 1}, hit_rate=1.0, slo_s=4.0,
+        backlog_small=100, backlog_small_s=30.0, oldest_small_s=60.0, period_s=5.0, min_dwell_s=0.0,
+    )  # fmt: skip
+    assert slo.unserved(s, np.array([1.0, 2.0])) == pytest.approx([100 - 20 * 1.25 / 0.3, 100 - 20 * 0.5 / 0.3])
+    choice, _ = allocate("slo", s, PolicyState(changed_s=-100.0))
+    assert choice.n_large == 1
+
+
 def test_breaks_of_a_queue_by_hand() -> None:
     # 100 s of work of 10 s each on one worker, all just arrived, 40 s allowed: what stands behind 40 s is broken: 6 of 10.
     queued = slo.Load(per_s=0.0, service_s=10.0, backlog_s=100.0, oldest_s=0.0, allowed_s=40.0)

@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from modm_tasks.errors import InvalidInputError, NotFoundError
-from orchestrator.cli_bench import bench_app
+from orchestrator.cli_bench_compare import bench_app
 from orchestrator.cli_simulate import simulate_command
 from orchestrator.simulator.profiles import FOLDER, load_profile
 

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from modm_tasks.errors import InvalidInputError, NotFoundError
-from orchestrator.cli_bench import bench_app
+from orchestrator.cli_bench_compare import bench_app
 from orchestrator.simulator.validate import calibrate, read_run, turnaround, validate
 
 LARGE_S, SMALL_S, FIXED_S, GAP_S, TURN_S = 1.0, 0.2, 0.05, 0.02, 0.01

@@ -151,6 +151,17 @@ def carries(s: ClusterSnapshot, n: Floats) -> NDArray[np.bool_]:
     return np.asarray((large >= miss.workers - 1e-9) & (small >= hit.workers - 1e-9))
 
 
+def unserved(s: ClusterSnapshot, n: Floats) -> Floats:
+    """Requests of both classes that are left over at the end of the horizon, for each candidate."""
+    horizon_s = horizon(s)
+    left = np.zeros_like(n)
+    for load, capacity in zip(loads(s), capacities(s, n, horizon_s), strict=True):
+        if load.service_s > 0:
+            work_s = load.backlog_s + (load.workers - capacity) * horizon_s
+            left = left + np.maximum(0.0, work_s) / load.service_s
+    return left
+
+
 def score(s: ClusterSnapshot) -> tuple[Floats, Floats, Floats]:
     """(n_large, breaks, quality) for every candidate from the floor to N, arrays of equal length.
 
@@ -176,9 +187,12 @@ def allocate(s: ClusterSnapshot, state: PolicyState) -> tuple[Allocation, Policy
     if not sound.any():
         sound = np.ones_like(sound)
     near = sound & (lost <= lost[sound].min() + EQUAL_SHARE * requests + 1e-9)
+    # Where what waits is late already under every candidate, breaks say nothing: then the one that gets the most done.
+    left = unserved(s, n)
+    near &= left <= left[near].min() + EQUAL_SHARE * requests + 1e-9
     best = int(np.flatnonzero(near)[np.argmax(quality[near])])
     target = int(n[best])
-    chosen, why = _held_back(s, state, target, n, lost, requests)
+    chosen, why = _held_back(s, state, target, n, (lost, left), requests)
     at = int(np.searchsorted(n, chosen)) if chosen >= n[0] else 0
     changed_s = s.now_s if chosen != s.n_large else state.changed_s
     reason = (
@@ -204,15 +218,17 @@ def _share(lost: float, requests: float) -> float:
 
 
 def _held_back(
-    s: ClusterSnapshot, state: PolicyState, target: int, n: Floats, lost: Floats, requests: float
+    s: ClusterSnapshot, state: PolicyState, target: int, n: Floats, costs: tuple[Floats, Floats], requests: float
 ) -> tuple[int, str]:
-    """Dwell and hysteresis: (the number put into force, why it is not the target). The floor always holds."""
+    """Dwell and hysteresis: (the number put into force, why it is not the target). The floor always holds.
+
+    ``costs``: broken and unserved requests; a saving in either is a reason to move.
+    """
     if target == s.n_large or not int(n[0]) <= s.n_large <= s.n_workers:
         return target, ""
     if s.now_s - state.changed_s < s.min_dwell_s:
         return s.n_large, f"; stays: changed {s.now_s - state.changed_s:.0f} s ago, dwell {s.min_dwell_s:.0f} s"
-    here = lost[int(s.n_large - n[0])]
-    gain = here - lost[int(target - n[0])]
+    gain = max(float(cost[int(s.n_large - n[0])] - cost[int(target - n[0])]) for cost in costs)
     if gain <= STAY_GAIN * requests and abs(target - s.n_large) <= max(STAY_WORKERS, STAY_SHARE * s.n_workers):
         return s.n_large, f"; stays: {target} would save {gain:.1f}"
     return target, ""

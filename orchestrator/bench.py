@@ -1,0 +1,134 @@
+"""The reference's experiments on the running stack: what each needs to have set, and gives back when it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from modm_tasks.client import Client
+from modm_tasks.output import note
+from modm_tasks.settings import Settings
+from orchestrator.controller.witness import Witness, first_tasks
+from orchestrator.report.progress import shown
+from orchestrator.report.write import write_report, write_rows
+from orchestrator.run_trace import Run, RunPlan, run_trace, save_images
+from orchestrator.targets import HttpTarget
+from orchestrator.traces.rows import TraceRow
+
+SETTLE_S = 15.0
+#: Decisions of the controller that are looked back at for `controller.csv`.
+TICKS = 10_000
+#: Put back when the experiment ends, whatever they were.
+OURS = ("allocation", "mode", "cache_admission", "static_large", "period_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One run. ``name`` decides the cache admission: only large images for throughput, all for the others (A6).
+
+    ``control``: further fields of the runtime control, e.g. ``period_s``. ``flower``: its URL, where it is to be asked too.
+    """
+
+    name: str
+    kind: str
+    rate_per_min: float
+    rows: Sequence[TraceRow]
+    folder: Path
+    policy: str = "modm"
+    features: str | None = None
+    allocation: str = "slo"
+    workers: str = "pooled-roles"
+    concurrency: int = 2
+    warm_up: int = 0
+    seed: int = 42
+    cache_directory: Path | None = None
+    image_directory: Path | None = None
+    flower: str = ""
+    control: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The runtime control of this run."""
+        return self.control | {
+            "allocation": self.allocation,
+            "mode": "roles" if self.workers == "roles" else "pooled",
+            "cache_admission": "large-only" if self.name == "throughput" else "all",
+        }
+
+
+@contextmanager
+def control_of(client: Client, changes: dict[str, Any]) -> Iterator[None]:
+    """The runtime control with ``changes``; what it was before comes back, also after an error or Ctrl-C."""
+    before = client.get("/v1/control")
+    client.put("/v1/control", json=changes)
+    try:
+        yield
+    finally:
+        client.put("/v1/control", json={name: before[name] for name in {*changes, *OURS}})
+
+
+def settled(client: Client) -> None:
+    """Wait until every worker is in the role that is wanted of it; SETTLE_S at most, and then run all the same."""
+    until = time.monotonic() + SETTLE_S
+    while not all(row["settled"] for row in client.get("/v1/workers")) and time.monotonic() < until:
+        time.sleep(0.1)
+
+
+def tick_row(tick: dict[str, Any]) -> dict[str, Any]:
+    """One decision of the controller as a line of `controller.csv`."""
+    seen = ("arrivals_per_min", "hit_rate", "backlog_large", "backlog_small", "large_s", "small_s")
+    return {
+        "at_s": round(tick["at_s"], 3),
+        "why": tick["why"],
+        "n_large": tick["n_large"],
+        "target": tick["target"],
+        "moved": len(tick["changes"]),
+        **{name: tick["inputs"].get(name) for name in seen},
+        "degradation": tick["degradation"],
+        "reason": tick["reason"],
+    }
+
+
+def measure(settings: Settings, it: Experiment, *, witnessed: bool = False) -> Run:
+    """Replay over HTTP into a cache namespace of its own, and write the report folder.
+
+    ``witnessed``: note all along whether the roles that the system reports are what the workers really consume.
+    Raises ModmError; KeyboardInterrupt after an interrupted run, whose report is written all the same.
+    """
+    namespace = f"bench-{it.name}-{uuid4().hex[:8]}"
+    with ExitStack() as stack:
+        client = stack.enter_context(Client.from_settings(settings))
+        target = HttpTarget(client)
+        stack.enter_context(control_of(client, it.settings))
+        settled(client)
+        if it.cache_directory is not None:
+            target.import_images(it.cache_directory, namespace, note)
+        plan = RunPlan(
+            rows=it.rows, arrivals=it.kind, rate_per_min=it.rate_per_min, concurrency=it.concurrency, seed=it.seed,
+            warm_up=it.warm_up, policy=it.policy, features=it.features, namespace=namespace, name=it.folder.name,
+        )  # fmt: skip
+        witness = Witness(settings, flower=it.flower) if witnessed else None
+        watching: AbstractContextManager[object] = nullcontext() if witness is None else witness
+        began_s = time.time()
+        with watching:
+            run = run_trace(target, plan, shown=shown, sheet=True)
+        decisions = [
+            tick_row(t) for t in client.get("/v1/controller/explain", last=TICKS)["ticks"] if t["at_s"] >= began_s
+        ]
+        run.report["settings"] |= {"allocation": it.allocation, "cache_admission": it.settings["cache_admission"]}
+        if it.image_directory is not None and not run.result.interrupted:
+            save_images(target, run.result.records, it.image_directory)
+    if witness is not None:
+        run.report["roles"] = witness.verdict() | first_tasks(run.report["moves"], run.result.records)
+    write_report(it.folder, run.report, run.result.records, sheet=run.sheet)
+    write_rows(it.folder / "controller.csv", decisions)
+    if witness is not None:
+        write_rows(it.folder / "witness.csv", witness.rows)
+    if run.result.interrupted:
+        raise KeyboardInterrupt
+    return run
