@@ -14,6 +14,7 @@ from modm_tasks.client import Client
 from modm_tasks.output import note
 from modm_tasks.settings import Settings
 from orchestrator.controller.witness import Witness, first_tasks
+from orchestrator.model_names import check_pair
 from orchestrator.report.progress import shown
 from orchestrator.report.write import write_report, write_rows
 from orchestrator.run_trace import Run, RunPlan, run_trace, save_images
@@ -32,6 +33,7 @@ class Experiment:
     """One run. ``name`` decides the cache admission: only large images for throughput, all for the others (A6).
 
     ``control``: further fields of the runtime control, e.g. ``period_s``. ``flower``: its URL, where it is to be asked too.
+    ``large_model``, ``small_model``: what the workers must serve, else the run is refused.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Experiment:
     cache_directory: Path | None = None
     image_directory: Path | None = None
     flower: str = ""
+    large_model: str | None = None
+    small_model: str | None = None
     control: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -104,6 +108,7 @@ def measure(settings: Settings, it: Experiment, *, witnessed: bool = False) -> R
     with ExitStack() as stack:
         client = stack.enter_context(Client.from_settings(settings))
         target = HttpTarget(client)
+        check_pair(target.status(), settings, large=it.large_model, small=it.small_model)
         stack.enter_context(control_of(client, it.settings))
         settled(client)
         if it.cache_directory is not None:

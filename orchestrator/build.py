@@ -14,6 +14,7 @@ from orchestrator.admission import Admission
 from orchestrator.decisions.ladder import PUBLISHED, Ladder, load_ladder
 from orchestrator.limits import health_problems
 from orchestrator.metrics import Observer
+from orchestrator.model_names import named
 from orchestrator.pipeline import Pipeline
 from orchestrator.router import Router
 from orchestrator.service import Parts, Service
@@ -51,6 +52,7 @@ def build_service(settings: Settings, *, observer: Observer | None = None) -> Se
     from vector_store.cache import ImageCache
     from vector_store.embedder import load_embedder
 
+    settings = named(settings)
     ledger = Ledger.from_settings(settings)
     ledger.now_s()  # fails here, with one line, where Redis is away
     ladder = choose_ladder(settings)

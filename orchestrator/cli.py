@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from modm_tasks import __version__
 from modm_tasks.output import handle_errors, print_json
+from orchestrator import model_names
+
+if TYPE_CHECKING:
+    from modm_tasks.settings import Settings
 
 app = typer.Typer(
     name="modm",
@@ -65,6 +69,12 @@ def orchestrator(
     serve(host=host, port=port)
 
 
+def _canonical(name: str, settings: Settings) -> str:
+    from workers.catalogue import canonical
+
+    return canonical(name, settings)
+
+
 def _mount() -> None:
     """Sub-apps of the folders. Each module imports only typer and the standard library at its top."""
     from ops.cli import doctor, down, flower, up
@@ -108,6 +118,7 @@ def _mount() -> None:
 
 
 _mount()
+model_names.use(_canonical)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -93,8 +93,8 @@ def submit_trace(
     workers: Annotated[str | None, typer.Option(help="pooled | roles")] = None,
     namespace: Annotated[str, typer.Option(help="Cache namespace.")] = "default",
     deadline_s: Annotated[float | None, typer.Option(min=0.001, help="SLO of each request.")] = None,
-    large_model: Annotated[str | None, typer.Option(help="Refuse unless the workers serve this large model.")] = None,
-    small_model: Annotated[str | None, typer.Option(help="Refuse unless the workers serve this small model.")] = None,
+    large_model: Annotated[str | None, typer.Option(help="Refuse unless the workers serve it; alias or name.")] = None,
+    small_model: Annotated[str | None, typer.Option(help="Refuse unless the workers serve it; alias or name.")] = None,
     report: Annotated[Path | None, typer.Option(help="Folder of the report.")] = None,
     name: Annotated[str, typer.Option(help="Name of the run in reports.")] = "",
     direct: Annotated[bool, typer.Option(help="Embed, search and send from this process; no orchestrator.")] = False,
@@ -107,6 +107,7 @@ def submit_trace(
     from modm_tasks.output import table
     from modm_tasks.settings import load_settings
     from orchestrator.decisions.routing import check_features, check_policy
+    from orchestrator.model_names import check_pair
     from orchestrator.report import tables
     from orchestrator.report.progress import shown
     from orchestrator.report.write import write_report
@@ -135,7 +136,7 @@ def submit_trace(
     settings = load_settings()
     with ExitStack() as stack:
         target = open_target(settings, stack, direct=direct)
-        _check_models(target.status(), large_model, small_model)
+        check_pair(target.status(), settings, large=large_model, small=small_model)
         if cache_directory is not None:
             target.import_images(cache_directory, namespace, note)
         control = {k: v for k, v in (("mode", workers), ("allocation", allocation)) if v is not None}
@@ -158,15 +159,3 @@ def submit_trace(
         raise KeyboardInterrupt
     if run.report["requests"]["lost"]:
         raise ModmError(f"{run.report['requests']['lost']} requests were lost")
-
-
-def _check_models(status: dict[str, Any], large: str | None, small: str | None) -> None:
-    """A run that names its models must not be measured on others."""
-    from modm_tasks.errors import InvalidInputError
-
-    for role, wanted in (("large", large), ("small", small)):
-        serving = status["models"][role]
-        if wanted is not None and wanted != serving:
-            raise InvalidInputError(
-                f"the workers serve {serving} as the {role} model, not {wanted}", field=f"{role}_model"
-            )

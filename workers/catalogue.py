@@ -120,6 +120,12 @@ def canonical(name: str, settings: Settings) -> str:
         return name
 
 
+def named(settings: Settings) -> Settings:
+    """The settings with both models by the catalogue's names, under which images are counted."""
+    pair = {role: canonical(getattr(settings, role), settings) for role in ("large_model", "small_model")}
+    return settings.model_copy(update=pair)
+
+
 def missing_weights(entry: ModelEntry) -> str | None:
     """One line that says why a local model cannot be loaded; None when it looks complete, or is on the hub."""
     if entry.folder is None:

@@ -22,7 +22,7 @@ from modm_tasks.ledger import Ledger
 from modm_tasks.messages import WorkerStatus
 from modm_tasks.safety import load_hook
 from modm_tasks.settings import Settings
-from workers.catalogue import canonical, check_pair
+from workers.catalogue import check_pair, named
 from workers.engine import Engine
 from workers.memory import rss_mib
 from workers.pinning import gpu_of, served_models
@@ -75,6 +75,7 @@ class Runtime:
         """Load everything: engine, models with a warm-up step each, embedder. Raises ConfigError or EngineError."""
         from vector_store.embedder import load_embedder
 
+        settings = named(settings)
         engine = make_engine(settings)
         engine.load(served_models(settings))
         device = "cpu" if engine.device == "fake" else engine.device
@@ -134,8 +135,8 @@ class Runtime:
             pid=os.getpid(),
             device=self.engine.device,
             models=self.engine.resident(),
-            large_model=canonical(self.settings.large_model, self.settings),
-            small_model=canonical(self.settings.small_model, self.settings),
+            large_model=self.settings.large_model,
+            small_model=self.settings.small_model,
             embedder=self.embedder.identity,
             busy_with=self.busy_with,
             role=self.role(),
