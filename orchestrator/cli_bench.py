@@ -34,8 +34,13 @@ CacheDir = Annotated[Path | None, Opt(help="Stack: images imported before the ru
 ImageDir = Annotated[Path | None, Opt(help="Stack: where the results are copied.")]
 Ladder = Annotated[str | None, Opt(help="Simulated: SIMILARITY:K,...")]
 Profile = Annotated[str, Opt(help="Simulated: device profile.")]
-Large = Annotated[str, Opt(help="Simulated: large model of the profile.")]
-Small = Annotated[str, Opt(help="Simulated: small model of the profile.")]
+Large = Annotated[str, Opt("--large-model", "--large", help="Simulated: large model of the profile.")]
+Small = Annotated[str, Opt("--small-model", "--small", help="Simulated: small model of the profile.")]
+LargeAny = Annotated[
+    str | None,
+    Opt("--large-model", "--large", help="Stack: refuse unless the workers serve it. Simulated: of the profile."),
+]
+SmallAny = Annotated[str | None, Opt("--small-model", "--small", help="As --large-model.")]
 Flower = Annotated[str, Opt(help="Stack: URL of Flower, to be asked for the roles too (rising, fluctuating).")]
 Period = Annotated[
     float, Opt(min=0, help="Seconds between the controller's decisions; 0 = the stack's, simulated 180.")
@@ -88,8 +93,9 @@ def _run_all(
         from orchestrator.decisions.routing import features_of
 
         config, source = simulated(
-            embeddings=o["embeddings"], ladder=o["ladder"], warm=o["warm"], profile=o["profile"], large=o["large"],
-            small=o["small"], gpus=o["gpus"], policy=o["policy"], workers=o["workers"], allocation=o["allocation"],
+            embeddings=o["embeddings"], ladder=o["ladder"], warm=o["warm"], profile=o["profile"],
+            large=o["large"] or "sd3.5-large", small=o["small"] or "sdxl",
+            gpus=o["gpus"], policy=o["policy"], workers=o["workers"], allocation=o["allocation"],
             features=features_of(o["policy"], o["features"]), seed=o["seed"], period_s=o["period_s"] or 180.0,
         )  # fmt: skip
         one: Callable[[float, Path], dict[str, Any]] = lambda rate, folder: _simulate_one(  # noqa: E731
@@ -134,7 +140,8 @@ def _measure_one(name: str, kind: str, rate: float, folder: Path, o: dict[str, A
         name=name, kind=kind, rate_per_min=rate, rows=load_trace(o["trace"], num_requests=wanted).rows, folder=folder,
         policy=o["policy"], features=o["features"] or None, allocation=o["allocation"], workers=o["workers"],
         warm_up=o["warm"], seed=o["seed"], cache_directory=o["cache_directory"], image_directory=o["image_directory"],
-        flower=o["flower"], control={"period_s": o["period_s"]} if o["period_s"] else {},
+        flower=o["flower"], large_model=o["large"], small_model=o["small"],
+        control={"period_s": o["period_s"]} if o["period_s"] else {},
     )  # fmt: skip
     return measure(load_settings(), it, witnessed=name in {"rising", "fluctuating"}).report
 
@@ -178,8 +185,8 @@ def _command(name: str, kind: str, default_rate: str, help_text: str) -> None:
         embeddings: Embeddings = None,
         ladder: Ladder = None,
         profile: Profile = "a40",
-        large: Large = "sd3.5-large",
-        small: Small = "sdxl",
+        large: LargeAny = None,
+        small: SmallAny = None,
         gpus: Gpus = 4,
         seed: Seed = 42,
         json: Annotated[bool, Opt("--json", help="Reports as JSON on stdout.")] = False,
