@@ -12,6 +12,7 @@ Breaks where: Redis loses its disk (docs/reliability.md), or is a cluster (keys 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import redis
@@ -67,6 +68,24 @@ class Ledger(LedgerReads):
 
         Raises RefusedError where too much is open already.
         """
+        request_id, record = self.accept_record(
+            request_id, request, slo_s=slo_s, max_open=max_open, max_client_open=max_client_open,
+            rank_offset_s=rank_offset_s,
+        )  # fmt: skip
+        return request_id, record is not None
+
+    @guarded
+    def accept_record(
+        self,
+        request_id: str,
+        request: SubmitRequest,
+        *,
+        slo_s: float = 0.0,
+        max_open: int = 1_000_000,
+        max_client_open: int = 0,
+        rank_offset_s: float = 0.0,
+    ) -> tuple[str, RequestRecord | None]:
+        """``accept`` that gives a new request's record, which need not be read then; None where it is known already."""
         arrival = "" if request.arrival_s is None else request.arrival_s
         reply = self._run(
             "ACCEPT", request_id, request.model_dump_json(), arrival, request.client, request.idempotency_key or "",
@@ -75,7 +94,12 @@ class Ledger(LedgerReads):
         if reply[0] == "full":
             whose, limit = ("of this client's ", max_client_open) if reply[1] == "client" else ("", max_open)
             raise RefusedError(f"{limit} {whose}requests are unfinished; that is the limit", retry_after_s=5)
-        return reply[1], reply[0] == "ok"
+        if reply[0] != "ok":
+            return reply[1], None
+        arrival_s, accepted_s, rank = map(float, reply[2:])
+        return reply[1], RequestRecord(
+            id=request_id, state=State.ACCEPTED, request=request, rank=rank, arrival_s=arrival_s, accepted_s=accepted_s
+        )
 
     @guarded
     def route(
@@ -88,12 +112,19 @@ class Ledger(LedgerReads):
         rank: float | None = None,
     ) -> bool:
         """Queue the request as decided. False where it has moved on (cancelled, claimed, routed by a twin)."""
-        reply = self._run(
-            "ROUTE", request_id, expected.value, decision.route.value, decision.model_dump_json(),
-            decision.skipped_steps, decision.source_id or "", decision.reason[:300], text_vector,
-            "" if rank is None else rank,
-        )  # fmt: skip
-        return bool(reply[0] == "ok")
+        return bool(self._run("ROUTE", *_routing(request_id, decision, expected, text_vector, rank))[0] == "ok")
+
+    @guarded
+    def route_many(self, moves: Sequence[tuple[str, Decision, str, float | None]]) -> list[bool]:
+        """``route`` of several accepted requests, as (id, decision, text vector, rank), in one round trip.
+
+        Each is a compare-and-set by itself, so an outage in between leaves some queued and some accepted.
+        """
+        script, pipe = self._scripts["ROUTE"], self.redis.pipeline(transaction=False)
+        for request_id, decision, text_vector, rank in moves:
+            args = _routing(request_id, decision, State.ACCEPTED, text_vector, rank)
+            script(keys=[self.prefix], args=[_text(a) for a in args], client=pipe)
+        return [reply[0] == "ok" for reply in pipe.execute()]
 
     @guarded
     def wait_on(
@@ -233,6 +264,15 @@ class Ledger(LedgerReads):
     @guarded
     def finish_cancelled(self, request_id: str, attempt: int) -> None:
         self._owned("FINISH_CANCELLED", request_id, attempt)
+
+
+def _routing(
+    request_id: str, decision: Decision, expected: State, text_vector: str, rank: float | None
+) -> tuple[object, ...]:
+    return (
+        request_id, expected.value, decision.route.value, decision.model_dump_json(), decision.skipped_steps,
+        decision.source_id or "", decision.reason[:300], text_vector, "" if rank is None else rank,
+    )  # fmt: skip
 
 
 def _text(value: object) -> str | bytes:

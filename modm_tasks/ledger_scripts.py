@@ -30,15 +30,16 @@ if client ~= '' then
 end
 local arrival = now
 if ARGV[3] ~= '' then arrival = tonumber(ARGV[3]) end
+local rank = fmt(now + tonumber(ARGV[9]))
 redis.call('HSET', key(id), 'id', id, 'state', 'accepted', 'request', ARGV[2], 'client', client, 'attempt', 0,
-  'tries', 0, 'arrival_s', fmt(arrival), 'accepted_s', fmt(now), 'rank', fmt(now + tonumber(ARGV[9])), 'slo_s', ARGV[8],
+  'tries', 0, 'arrival_s', fmt(arrival), 'accepted_s', fmt(now), 'rank', rank, 'slo_s', ARGV[8],
   'log', fmt(now) .. ' accepted \\n')
 redis.call('ZADD', P .. 'open', now, id)
 redis.call('ZADD', P .. 'accepted', now, id)
 if idem ~= '' then redis.call('SET', P .. 'idem:' .. client .. ':' .. idem, id, 'EX', 86400) end
 count('arrivals')
 redis.call('PUBLISH', P .. 'events', cjson.encode({id=id, state='accepted', at=fmt(now)}))
-return {'ok', id}
+return {'ok', id, fmt(arrival), fmt(now), rank}
 """
 )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -22,7 +22,10 @@ from orchestrator.tokens import Tokens
 from vector_store.embedder import Embedder, decode_vector, encode_vector
 
 log = logging.getLogger(__name__)
-BATCH = 64
+#: Most prompts embedded at once, and most requests queued in one round trip: small, so that the first need not wait long.
+BATCH, FLUSH = 64, 16
+
+Routed = tuple[RequestRecord, Vector, Decision]
 
 
 class Pipeline:
@@ -41,7 +44,7 @@ class Pipeline:
         self.observe = observe
         self.open_requests: OpenRequests = router.open_requests
         self.last_error: str | None = None
-        self._inbox: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[str | RequestRecord | None] = queue.SimpleQueue()
         self._pending: set[str] = set()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="pipeline", daemon=True)
@@ -58,12 +61,13 @@ class Pipeline:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def put(self, request_id: str) -> None:
+    def put(self, request_id: str, record: RequestRecord | None = None) -> None:
+        """``record`` as it was just accepted, where known: it need not be read again, and queueing checks its state."""
         with self._lock:
             if request_id in self._pending:
                 return
             self._pending.add(request_id)
-        self._inbox.put(request_id)
+        self._inbox.put(record or request_id)
 
     def forget(self, request_id: str) -> None:
         """The request has ended: it is no source for later ones any more."""
@@ -91,9 +95,9 @@ class Pipeline:
                 self.last_error = f"routing: {str(error)[:200]}"
             finally:
                 with self._lock:
-                    self._pending.difference_update(batch)
+                    self._pending.difference_update(r if isinstance(r, str) else r.id for r in batch)
 
-    def _next_batch(self) -> list[str] | None:
+    def _next_batch(self) -> list[str | RequestRecord] | None:
         first = self._inbox.get()
         if first is None:
             return None
@@ -109,15 +113,19 @@ class Pipeline:
             batch.append(more)
         return batch
 
-    def route_batch(self, request_ids: list[str]) -> None:
+    def route_batch(self, batch: Sequence[str | RequestRecord]) -> None:
         """Embed these accepted requests as one batch and queue each. Those that have moved on are left alone."""
-        records = [r for r in self.ledger.get_many(request_ids) if r.state is State.ACCEPTED]
+        unread = [r for r in batch if isinstance(r, str)]
+        records = [r for r in batch if isinstance(r, RequestRecord)]
+        if unread:
+            records += [r for r in self.ledger.get_many(unread) if r.state is State.ACCEPTED]
         if not records:
             return
         vectors = self.embedder.embed_texts([r.request.prompt for r in records])
+        decided: list[Routed] = []
         for record, vector in zip(records, vectors, strict=True):
             try:
-                self.route_one(record, np.asarray(vector, dtype=np.float32))
+                self._decide(record, np.asarray(vector, dtype=np.float32), decided)
             except UnavailableError:
                 raise
             except InvalidInputError as error:
@@ -125,14 +133,15 @@ class Pipeline:
             except ModmError:
                 log.exception("cannot route", extra={"request_id": record.id})
                 self.ledger.end(record.id, State.FAILED, "the router failed; see the orchestrator's log")
+        self._queue(decided)
 
-    def route_one(self, record: RequestRecord, vector: Vector, *, expected: State = State.ACCEPTED) -> None:
-        """Decide one request and carry the decision out."""
-        text = encode_vector(vector)
+    def _decide(self, record: RequestRecord, vector: Vector, decided: list[Routed]) -> None:
+        """Decide one request. What is simply queued is added to ``decided``; a wait or a stored answer is done at once."""
         decision = self.router.decide(record, vector)
         if decision.waits_on is not None:
+            self._queue(decided)  # the source may be among them
             answer = self.ledger.wait_on(
-                record.id, decision.waits_on, decision, until_s=self.ledger.now_s(), text_vector=text
+                record.id, decision.waits_on, decision, until_s=self.ledger.now_s(), text_vector=encode_vector(vector)
             )
             if answer == "ok":
                 self.remember(record, vector, decision)
@@ -144,11 +153,24 @@ class Pipeline:
             if stored is not None and self.ledger.finish_stored(record.id, stored, decision):
                 return
             decision = self.router.decide(record, vector, stored=False)
-        if self.ledger.route(
-            record.id, decision, expected=expected, text_vector=text, rank=self.router.rank(record, decision)
-        ):
-            self.tokens.send(decision.route.value, record.id, decision)
-            self.remember(record, vector, decision)
+        # Remembered before it is queued, so that the next of the batch may wait on it.
+        self.remember(record, vector, decision)
+        decided.append((record, vector, decision))
+        if len(decided) >= FLUSH:
+            self._queue(decided)
+
+    def _queue(self, decided: list[Routed]) -> None:
+        """Move the decided requests to their queues, send their tokens, and empty the list."""
+        if not decided:
+            return
+        moved = self.ledger.route_many(
+            [(r.id, d, encode_vector(vector), self.router.rank(r, d)) for r, vector, d in decided]
+        )
+        self.tokens.send_many([(d.route.value, r.id, d) for (r, _, d), ok in zip(decided, moved, strict=True) if ok])
+        for (record, _, decision), ok in zip(decided, moved, strict=True):
+            if not ok:
+                self.forget(record.id)  # cancelled meanwhile
+                continue
             if self.observe is not None:
                 self.observe(record, decision)
             log.info(
@@ -156,6 +178,7 @@ class Pipeline:
                 extra={"request_id": record.id, "route": decision.route.value, "similarity": decision.similarity,
                        "k": decision.skipped_steps},
             )  # fmt: skip
+        decided.clear()
 
     def remember(self, record: RequestRecord, vector: Vector, decision: Decision | None = None) -> None:
         decision = decision or record.decision

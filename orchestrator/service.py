@@ -83,19 +83,21 @@ class Service:
         self._check_capacity()
         slo = self.settings.slo
         slo_s = slo.multiple * self.large_latency_s()
-        ids = []
+        records = []
         for request in requests:
-            request_id, new = self.ledger.accept(
+            request_id, record = self.ledger.accept_record(
                 new_request_id(),
                 request,
                 slo_s=request.deadline_s or slo_s,
                 max_open=slo.max_open_requests,
                 max_client_open=self.settings.api.open_requests_per_client,
             )
-            ids.append(request_id)
-            if new:
-                self.parts.pipeline.put(request_id)
-        return self.ledger.get_many(ids)
+            if record is None:
+                record = self.ledger.get(request_id)
+            else:
+                self.parts.pipeline.put(request_id, record)
+            records.append(record)
+        return records
 
     def _check(self, request: SubmitRequest) -> None:
         if request.policy is not None:
@@ -112,9 +114,7 @@ class Service:
         if problems := self._health_problems():
             raise RefusedError(f"not accepting work: {problems[0]}", retry_after_s=10)
         control = self.ledger.control()
-        now = self.ledger.now_s()
-        if control.refuse_until_s > now:
-            wait = control.refuse_until_s - now
+        if control.refuse_until_s and (wait := control.refuse_until_s - self.ledger.now_s()) > 0:
             raise RefusedError("overloaded: no quality is left to give up", retry_after_s=round(wait, 1))
         bound = self.settings.slo.max_backlog_s
         if bound > 0 and (backlog := self.backlog_s()) > bound:

@@ -96,8 +96,7 @@ class ImageCache:
             too_deep = max_depth is not None and int(found.payload.get("depth", 0)) > max_depth
             return found.id not in excluded and not too_deep
 
-        picky = max_depth is not None or bool(excluded)
-        want = limit + len(excluded) + _LOOK_AHEAD if picky else limit
+        want = limit + len(excluded) + (_LOOK_AHEAD if max_depth is not None else 0)
         found = self._search(namespace, vector, want, Filter(equals=few))
         fit = [one for one in found if fits(one)]
         if len(fit) < limit and len(found) == want:
