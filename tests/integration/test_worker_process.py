@@ -61,6 +61,7 @@ class Rig:
 
     def ready(self, *, other_than: int = 0) -> WorkerStatus:
         def found() -> WorkerStatus | None:
+            assert any(process.alive for process in self.procs.running), f"no process is left\n{self.procs.logs()}"
             return next((w for w in self.ledger.workers() if w.pid != other_than), None)
 
         status = wait_until(found, 120, f"a ready worker\n{self.procs.logs()}")
