@@ -121,10 +121,13 @@ class Ledger(LedgerReads):
         Each is a compare-and-set by itself, so an outage in between leaves some queued and some accepted.
         """
         script, pipe = self._scripts["ROUTE"], self.redis.pipeline(transaction=False)
-        for request_id, decision, text_vector, rank in moves:
-            args = _routing(request_id, decision, State.ACCEPTED, text_vector, rank)
-            script(keys=[self.prefix], args=[_text(a) for a in args], client=pipe)
-        return [reply[0] == "ok" for reply in pipe.execute()]
+        calls = [[_text(a) for a in _routing(i, d, State.ACCEPTED, vector, rank)] for i, d, vector, rank in moves]
+        for args in calls:
+            pipe.evalsha(script.sha, 1, self.prefix, *args)
+        try:
+            return [reply[0] == "ok" for reply in pipe.execute()]
+        except redis.exceptions.NoScriptError:  # the first call of a Redis; asking each time would cost a round trip
+            return [script(keys=[self.prefix], args=args)[0] == "ok" for args in calls]
 
     @guarded
     def wait_on(

@@ -184,9 +184,9 @@ class Gate:
         return caller
 
     def require(self, scope: Scope) -> Callable[..., Caller]:
-        """FastAPI dependency: the caller, who has this scope."""
+        """FastAPI dependency: the caller, who has this scope. Async, because a thread for it costs more than it does."""
 
-        def dependency(authorization: Annotated[str | None, Header()] = None) -> Caller:
+        async def dependency(authorization: Annotated[str | None, Header()] = None) -> Caller:
             return self.check(authorization, scope)
 
         return dependency
@@ -194,7 +194,7 @@ class Gate:
     def by_method(self, *, read: Scope, write: Scope) -> Callable[..., Caller]:
         """FastAPI dependency: one scope for GET, another for everything that changes something."""
 
-        def dependency(request: Request, authorization: Annotated[str | None, Header()] = None) -> Caller:
+        async def dependency(request: Request, authorization: Annotated[str | None, Header()] = None) -> Caller:
             return self.check(authorization, read if request.method in {"GET", "HEAD"} else write)
 
         return dependency

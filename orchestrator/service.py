@@ -60,6 +60,7 @@ class Service:
 
     def start(self) -> None:
         self.parts.cache.tidy()
+        self.parts.tokens.warm_up()
         self.parts.pipeline.start()
         self.parts.admission.start()
         self.parts.watchdog.start()

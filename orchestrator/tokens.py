@@ -33,6 +33,15 @@ class Tokens:
         self.ledger = ledger
         self._short_before: dict[str, int] = defaultdict(int)
 
+    def warm_up(self) -> None:
+        """Connect and declare the queues now: the first requests would wait some 100 ms for it."""
+        try:
+            with self.app.producer_or_acquire() as producer:
+                for queue in TASK_OF_QUEUE:
+                    producer.maybe_declare(self.app.amqp.queues[queue])
+        except Exception as error:  # kombu raises the transport's own errors
+            log.warning("the broker does not answer yet: %s", short(error))
+
     def send(self, queue: str, request_id: str, decision: Decision | None) -> None:
         """One token. Failing to send is no loss: the next look tops up."""
         self.send_many([(queue, request_id, decision)])
