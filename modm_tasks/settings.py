@@ -56,13 +56,17 @@ class CacheSettings(Section):
 class RoutingSettings(Section):
     """Hit or miss, and how many steps to skip."""
 
-    policy: str = Field("modm", description="modm | modm-plus | large-only | small-only.")
-    ladder_file: Path | None = Field(None, description="Ladder JSON; default: the one shipped with the embedder.")
+    policy: str = Field("modm-plus", description="modm | modm-plus | large-only | small-only.")
+    ladder_file: Path | None = Field(
+        None, description="Ladder JSON, as `modm calibrate` writes it; default: the one shipped with the embedder."
+    )
     features: str = Field("", description="Comma list of modm-plus mechanisms to turn on by themselves.")
     repeat_max_k: int = Field(25, ge=0, le=50, description="Most steps skipped for a repeated prompt without a seed.")
     wait_bound_s: PositiveS = Field(600.0, description="Longest wait on an unfinished source, counted from its turn.")
     wait_depth: int = Field(8, ge=1, description="Longest chain of requests that wait on one another.")
-    escalation_rate: float = Field(0.1, ge=0, le=1, description="Largest share of hits redrawn by the large model.")
+    escalation_rate: float = Field(
+        0.1, ge=0, le=1, description="Largest share of hits redrawn by the large model; falls with the backlog."
+    )
 
 
 class WorkerSettings(Section):
@@ -94,6 +98,7 @@ class ControllerSettings(Section):
     allocation: str = Field("slo", description="static | modm-quality | modm-throughput | slo.")
     variant: Literal["paper", "code"] = Field("paper", description="Where paper and reference code differ.")
     static_large: int = Field(1, ge=0, description="Large workers under allocation=static.")
+    profile: str = Field("", description="Device profile to price by until learned; default MODM_HOME/profile.toml.")
     period_s: PositiveS = Field(180.0, description="Seconds between decisions (the paper's 180).")
     window_s: PositiveS = Field(180.0, description="Observation window.")
     bucket_s: float = Field(10.0, ge=0.01, le=3600, description="Granularity of the window.")

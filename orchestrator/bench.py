@@ -13,8 +13,10 @@ from uuid import uuid4
 from modm_tasks.client import Client
 from modm_tasks.output import note
 from modm_tasks.settings import Settings
+from orchestrator import stack_profile
 from orchestrator.controller.witness import Witness, first_tasks
 from orchestrator.model_names import check_pair
+from orchestrator.report.machine import describe
 from orchestrator.report.progress import shown
 from orchestrator.report.write import write_report, write_rows
 from orchestrator.run_trace import Run, RunPlan, run_trace, save_images
@@ -126,6 +128,9 @@ def measure(settings: Settings, it: Experiment, *, witnessed: bool = False) -> R
             tick_row(t) for t in client.get("/v1/controller/explain", last=TICKS)["ticks"] if t["at_s"] >= began_s
         ]
         run.report["settings"] |= {"allocation": it.allocation, "cache_admission": it.settings["cache_admission"]}
+        ours = settings.controller
+        run.report["settings"] |= {"window_s": ours.window_s, "bucket_s": ours.bucket_s}
+        run.report["settings"]["period_s"] = it.control.get("period_s") or ours.period_s
         if it.image_directory is not None and not run.result.interrupted:
             save_images(target, run.result.records, it.image_directory)
     if witness is not None:
@@ -137,3 +142,20 @@ def measure(settings: Settings, it: Experiment, *, witnessed: bool = False) -> R
     if run.result.interrupted:
         raise KeyboardInterrupt
     return run
+
+
+def profile_stack(settings: Settings, it: Experiment, rows: Sequence[TraceRow]) -> dict[str, Any]:
+    """A profile of the running stack, measured with ``rows``, under the control and the warm cache of the experiment."""
+    namespace = f"profile-{uuid4().hex[:8]}"
+    with Client.from_settings(settings) as client, control_of(client, it.settings):
+        target = HttpTarget(client)
+        settled(client)
+        if it.cache_directory is not None:
+            target.import_images(it.cache_directory, namespace, note)
+        fields = {"namespace": namespace, "policy": it.policy} | ({"features": it.features} if it.features else {})
+        workers = sum(row["ready"] for row in client.get("/v1/workers"))
+        found = stack_profile.measure(target, rows, fields=fields, workers=workers)
+    return found | {
+        "device": describe()["cpu"],
+        "how": f"Measured on the running stack with {workers} workers; seconds.",
+    }

@@ -81,6 +81,7 @@ def _mount() -> None:
     from orchestrator.cli_bench_compare import bench_app
     from orchestrator.cli_controller import controller_app, workers_app
     from orchestrator.cli_keys import keys_app
+    from orchestrator.cli_profile import profile_command
     from orchestrator.cli_report import report_app
     from orchestrator.cli_requests import requests_app
     from orchestrator.cli_simulate import simulate_command
@@ -99,6 +100,7 @@ def _mount() -> None:
         "worker": worker_command,
         "flower": flower,
         "doctor": doctor,
+        "profile": profile_command,
         "simulate": simulate_command,
     }
     for name, command in commands.items():

@@ -80,7 +80,7 @@ def simulated(
         raise InvalidInputError("--simulate needs --embeddings FILE.npy", field="embeddings")
     chosen = run.choose_ladder(ladder, None)
     seconds = run.speeds(profile=profile, large=large, small=small, large_s=None, small_s=None)
-    config = SimConfig(gpus=gpus, large_s=seconds[0], small_s=seconds[1], ladder=chosen, **more)
+    config = SimConfig(gpus=gpus, ladder=chosen, **seconds, **more)
     run.check(config)
     return config, run.vectors(embeddings, warm=warm, ladder=chosen)
 

@@ -10,6 +10,8 @@ import typer
 from modm_tasks.output import handle_errors, note, print_json
 from orchestrator.cli_bench import Gpus, Ladder, Large, Opt, Profile, Rates, Seed, Small, bench_app, rates_of, simulated
 
+__all__ = ["bench_app"]
+
 
 @bench_app.command()
 @handle_errors
@@ -48,37 +50,66 @@ def sweep(
 @bench_app.command()
 @handle_errors
 def validate(
-    runs: Annotated[list[Path], typer.Argument(help="Report folders of `modm submit-trace --report`.")],
-    report: Annotated[Path | None, Opt(help="File for the result, JSON.")] = None,
+    trace: Annotated[Path | None, Opt(help="Trace for the running stack.")] = None,
+    run: Annotated[
+        Path | None, Opt(help="Compare this run's folder instead of measuring one; needs --profile.")
+    ] = None,
+    profile: Annotated[str | None, Opt(help="Profile of this machine; default: measured on the stack first.")] = None,
+    arrivals: Annotated[str, Opt(help="poisson | closed | burst | rising | fluctuating")] = "poisson",
+    rate_per_min: Annotated[float, Opt(min=0.001, help="Offered load, or its peak.")] = 120.0,
+    num_requests: Annotated[int, Opt(min=12, help="Requests of the run.")] = 200,
+    concurrency: Annotated[int, Opt(min=1, help="Users of the closed loop.")] = 2,
+    policy: Annotated[str, Opt(help="Router policy.")] = "modm",
+    allocation: Annotated[str, Opt(help="Controller policy.")] = "slo",
+    workers: Annotated[str, Opt(help="pooled-roles | roles")] = "pooled-roles",
+    cache_directory: Annotated[Path | None, Opt(help="Images imported before the run.")] = None,
+    seed: Seed = 42,
+    report: Annotated[Path, Opt(help="Folder of the result.")] = Path("validate-report"),
     json: Annotated[bool, Opt("--json", help="JSON on stdout.")] = False,
 ) -> None:
-    """Simulate runs of the real stack again: throughput within 10 %, median latency within 15 %, else exit 4."""
-    import json as json_module
-
-    from modm_tasks.errors import GateError
+    """The simulator against the running stack: throughput within 10 %, median latency within 15 %, else exit 4."""
+    from modm_tasks.errors import GateError, InvalidInputError
     from modm_tasks.output import table
-    from orchestrator.simulator.validate import validate as compare
+    from modm_tasks.settings import load_settings
+    from orchestrator.bench import Experiment, measure, profile_stack
+    from orchestrator.device_profiles import as_toml, load_profile
+    from orchestrator.simulator.files import write_comparison
+    from orchestrator.simulator.validate import compare
+    from orchestrator.stack_profile import ROWS
+    from orchestrator.traces.load import load_trace
 
-    found = [compare(folder) for folder in runs]
-    if report is not None:
-        report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(json_module.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if (trace is None) == (run is None) or (run is not None and profile is None):
+        raise InvalidInputError("give --trace, or --run with --profile", field="trace")
+    report.mkdir(parents=True, exist_ok=True)
+    if trace is not None:
+        settings, rows = load_settings(), load_trace(trace, num_requests=ROWS + num_requests).rows
+        run = report / "run"
+        # The profile's requests come first in the trace, the run's after them: none is in both.
+        it = Experiment(
+            name="validate", kind=arrivals, rate_per_min=rate_per_min, rows=rows[ROWS:], folder=run, policy=policy,
+            allocation=allocation, workers=workers, concurrency=concurrency, seed=seed, cache_directory=cache_directory,
+        )  # fmt: skip
+        if profile is None:
+            profile = str(report / "profile.toml")
+            Path(profile).write_text(as_toml(profile_stack(settings, it, rows[:ROWS])), encoding="utf-8")
+        measure(settings, it)
+    assert run is not None
+    assert profile is not None
+    found, latencies = compare(run, load_profile(profile))
+    write_comparison(found, latencies, report)
     if json:
         print_json(found)
     else:
         table(
-            ["run", "served /min", "simulated", "p50 s", "simulated", "errors"],
+            ["", "real", "simulated", "error", "allowed"],
             [
-                [f["run"], f["real"]["served_per_min"], f["simulated"]["served_per_min"], f["real"]["latency_p50_s"],
-                 f["simulated"]["latency_p50_s"], "  ".join(f"{e:.1%}" for e in f["errors"].values())]
-                for f in found
+                [name, found["real"][name], found["simulated"][name], f"{error:.1%}", f"{found['limits'][name]:.0%}"]
+                for name, error in found["errors"].items()
             ],
-        )  # fmt: skip
-    missed = [f["run"] for f in found if not f["passed"]]
-    if missed:
-        raise GateError(
-            f"the simulator is off for {', '.join(missed)}: over 10 % in throughput or 15 % in median latency"
         )
+    note(f"results: {report}")
+    if not found["passed"]:
+        raise GateError("the simulator is off: over 10 % in throughput or 15 % in median latency")
 
 
 @bench_app.command()

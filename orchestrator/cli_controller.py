@@ -31,6 +31,7 @@ def run(
     from modm_tasks.settings import load_settings
     from orchestrator.controller.decide import check_allocation
     from orchestrator.controller.loop import Controller
+    from orchestrator.controller.observe import profiled
 
     given = {
         "allocation": allocation,
@@ -41,6 +42,7 @@ def run(
     }
     settings = load_settings(controller={name: value for name, value in given.items() if value is not None})
     check_allocation(settings.controller.allocation)
+    profiled(settings)  # a wrong profile is told now, not at the first decision
     configure(settings, "controller")
     controller = Controller.from_settings(settings)
     for number in (signal.SIGTERM, signal.SIGINT):

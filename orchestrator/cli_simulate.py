@@ -58,7 +58,7 @@ def simulate_command(
     chosen = run.choose_ladder(ladder, ladder_file)
     seconds = run.speeds(profile=profile, large=large, small=small, large_s=large_s, small_s=small_s)
     config = SimConfig(
-        gpus=gpus, large_s=seconds[0], small_s=seconds[1], ladder=chosen, policy=check_policy(policy),
+        gpus=gpus, ladder=chosen, **seconds, policy=check_policy(policy),
         features=features_of(policy, features), workers=workers, allocation=allocation, variant=variant,  # type: ignore[arg-type]
         static_large=static_large, period_s=period_s, switch_s=switch_s, cache_capacity=cache_capacity,
         cache_admission=cache_admission, slo_multiple=slo_multiple, admit=admit, degrade=degrade,  # type: ignore[arg-type]

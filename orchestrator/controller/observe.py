@@ -16,11 +16,10 @@ from modm_tasks.settings import Settings
 from orchestrator.controller import roles
 from orchestrator.controller.rules import Rules
 from orchestrator.decisions.snapshot import ClusterSnapshot
+from orchestrator.device_profiles import LOCAL_FILE, load_profile
 
 #: So many waiting requests of a queue are looked at one by one; the rest count as the average of these.
 SAMPLE = 300
-#: The document with seconds per step by model an operator may leave: ``{"step_s": {model: seconds}}``.
-PROFILE = "profile"
 #: Seconds of a small image over those of a large one until both are measured: SDXL and SD3.5-L on an MI210, 16.5 s and
 #: 91.5 s (modm-facts A9).
 SMALL_SHARE = 16.5 / 91.5
@@ -53,7 +52,6 @@ def read(ledger: Ledger, settings: Settings, rules: Rules, ready: Sequence[Worke
     """Everything that a snapshot needs: about ten round trips, whatever the size of the backlog."""
     now_s = ledger.now_s()
     counts = ledger.counts()
-    profile = ledger.document(PROFILE)
     return Readings(
         now_s=now_s,
         series=ledger.series(window_s=settings.controller.window_s, bucket_s=rules.bucket_s, now_s=now_s),
@@ -61,10 +59,21 @@ def read(ledger: Ledger, settings: Settings, rules: Rules, ready: Sequence[Worke
         waiting={queue: _waiting(ledger, queue, settings.num_inference_steps) for queue in (LARGE_GEN, SMALL_REFINE)},
         running=ledger.get_many(ledger.index("running", limit=10_000)),
         step_s=ledger.step_s(),
-        prior_step_s=profile.get("step_s", {}) if isinstance(profile, dict) else {},
+        prior_step_s=profiled(settings),
         ready=tuple(ready),
         since_s={name: state.at_s for name, state in roles.applied(ledger).items()},
     )
+
+
+def profiled(settings: Settings) -> dict[str, float]:
+    """Seconds per step by model before anything is learned: the profile of the settings, else this machine's own.
+
+    Raises NotFoundError, InvalidInputError: the settings name a profile that is not there, or is none.
+    """
+    name = settings.controller.profile or str(settings.home / LOCAL_FILE)
+    if not settings.controller.profile and not (settings.home / LOCAL_FILE).is_file():
+        return {}
+    return load_profile(name).step_s()
 
 
 @guarded

@@ -15,7 +15,11 @@ WorkersMode = Literal["pooled", "roles", "pooled-roles"]
 
 @dataclass(frozen=True, kw_only=True)
 class SimConfig:
-    """``large_s`` and ``small_s``: seconds of a full image on one GPU; ``overhead_s`` comes to every image.
+    """``large_s`` and ``small_s``: seconds of a full image on one GPU, ``.._fixed_s`` the part of it that is no step.
+
+    ``overhead_s`` comes to every image; ``front_s`` passes from an arrival until the request is routed, ``claim_s`` until
+    an idle worker takes it. ``alone_share``: drawing time of the only busy worker over that when all are busy, as they may
+    share a machine; between them it is linear in the number of busy ones, when the drawing begins.
 
     ``turnaround_s``: seconds after which a user of the closed loop sends the next request.
     ``admit``: refuse at arrival what would be late.
@@ -32,7 +36,12 @@ class SimConfig:
     variant: Variant = "paper"
     static_large: int = 1
     total_steps: int = 50
+    large_fixed_s: float = 0.0
+    small_fixed_s: float = 0.0
     overhead_s: float = 0.0
+    front_s: float = 0.0
+    claim_s: float = 0.0
+    alone_share: float = 1.0
     turnaround_s: float = 0.0
     cache_capacity: int = 10_000
     cache_admission: Literal["all", "large-only"] = "all"

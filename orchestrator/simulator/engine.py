@@ -12,6 +12,7 @@ from heapq import heappop, heappush
 
 import numpy as np
 
+from modm_tasks import verification
 from modm_tasks.messages import Decision, Route
 from modm_tasks.queues import LARGE_GEN, SMALL_REFINE
 from orchestrator.decisions import routing
@@ -68,22 +69,22 @@ class Simulation:
             self._admit_image(row)
 
     def _first_large(self) -> int:
-        """All large at first, as the reference's quality scripts; one small one for its throughput script (A7)."""
+        """As the controller begins: all large, as the reference's quality scripts, else all but one (A7)."""
         c = self.config
         if c.allocation == "static":
             return min(c.gpus, c.static_large)
-        return max(1, c.gpus - 1) if c.allocation == "modm-throughput" else c.gpus
+        return c.gpus if c.allocation == "modm-quality" else max(1, c.gpus - 1)
 
     def run(self) -> Outcome:
         """Until the last request has ended."""
         arrivals, events, warm = self.arrivals, self._events, self.source.warm
         total, next_arrival = len(arrivals), 0
-        controller = self.controller
+        controller, front_s = self.controller, self.config.front_s
         tick_s = controller.next_s if controller else float("inf")
         while True:
-            at = arrivals[next_arrival] if next_arrival < total else float("inf")
+            at = arrivals[next_arrival] + front_s if next_arrival < total else float("inf")
             if self.concurrency and next_arrival < total:
-                at = self.slots[0] if self.slots else float("inf")
+                at = self.slots[0] + front_s if self.slots else float("inf")
             event_s = events[0][0] if events else float("inf")
             if at == event_s == float("inf"):
                 break
@@ -110,7 +111,8 @@ class Simulation:
 
     def _arrived(self, row: int) -> None:
         self.windows.count(self.now, "arrivals")
-        self.rank[row] = self.outcome.arrival[row] = self.now
+        self.rank[row] = self.now
+        self.outcome.arrival[row] = self.now - self.config.front_s
         decision = self.router.decide(row, inflight=True)
         if self._refused(row, decision):
             return
@@ -180,7 +182,7 @@ class Simulation:
         if worker is None:
             self.fleet.queues[queue].put(row, rank, service)
         else:
-            self._start(worker, row)
+            self._start(worker, row, idle=True)
 
     def _rank(self, row: int, service_s: float) -> float:
         rank = self.rank[row]
@@ -190,17 +192,22 @@ class Simulation:
             rank = routing.hastened(rank, saved_s=self.saved_s[row], n_workers=self.config.gpus)
         return rank
 
-    def _start(self, worker: int, row: int) -> None:
+    def _start(self, worker: int, row: int, *, idle: bool = False) -> None:
         decision = self.decisions[row]
         assert decision is not None
         large = decision.route is Route.LARGE_GEN or (
             self.fleet.mode == "roles" and self.fleet.roles[worker] == "large" and decision.source_id is not None
         )
         service = self.router.service_s(decision, large=large)
+        c = self.config
+        if c.alone_share < 1 and c.gpus > 1:
+            service *= c.alone_share + (1 - c.alone_share) * (self.fleet.n_busy - 1) / (c.gpus - 1)
+        if idle:
+            service += c.claim_s
         if worker in self.switching:
             self.switching.discard(worker)
             service += self.config.switch_s
-        if self._escalates(decision):
+        if self._escalates(row, decision, service):
             service += self.large_s
             self.outcome.escalated[row] = True
         self.state[row] = RUNNING
@@ -288,17 +295,23 @@ class Simulation:
         self._seq += 1
         heappush(self._events, (at_s, self._seq, kind, row))
 
-    def _escalates(self, decision: Decision) -> bool:
+    def _escalates(self, row: int, decision: Decision, service_s: float) -> bool:
         if decision.source_id is None or "verify" not in self.config.features:
             return False
         self._hits += 1
         # Quality is not simulated: a set share of the refined images is taken to score below the floor.
         score = 0.0 if self._chance.random() < self.config.verify_share else 1.0
-        budget = self.config.escalation_rate
-        if routing.should_escalate(score, 0.5, escalated=self._escalated, hits=self._hits, budget=budget):
-            self._escalated += 1
-            return True
-        return False
+        load = verification.Load(
+            hits=self._hits,
+            escalated=self._escalated,
+            wait_s=self.router.queue_wait_s(),
+            slo_s=self.config.slo_s,
+            age_s=self.now + service_s - float(self.outcome.arrival[row]),
+            large_s=self.large_s,
+        )
+        escalates = verification.may_escalate(score, 0.5, load, rate=self.config.escalation_rate)
+        self._escalated += escalates
+        return escalates
 
     # --- cache --------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modm_tasks.errors import InvalidInputError
+from orchestrator.report.plots import latency_cdf
 from orchestrator.simulator import plots
 from orchestrator.simulator.outcome import Outcome
 
@@ -35,3 +36,13 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             writer = csv.DictWriter(out, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
+
+
+def write_comparison(found: Mapping[str, Any], latencies: Mapping[str, Sequence[float]], folder: Path) -> None:
+    """report.json and latency_cdf.png of a validation. Raises InvalidInputError where the folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (folder / "latency_cdf.png").write_bytes(latency_cdf(latencies))
+    except OSError as error:
+        raise InvalidInputError(f"cannot write {folder}: {error.strerror}", field="report") from error

@@ -64,7 +64,7 @@ class SimulatedRouter:
                 unfinished=self._unfinished(row) if inflight and "inflight" in c.features else None,
                 large_service_s=sim.large_s,
                 small_service_s=sim.small_s,
-                miss_wait_s=self._queue_wait_s(),
+                miss_wait_s=self.queue_wait_s(),
                 lowered_rungs=sim.lowered,
                 repeat_max_k=c.repeat_max_k,
                 wait_depth=c.wait_depth,
@@ -93,13 +93,13 @@ class SimulatedRouter:
                 miss = decision is not None and decision.route is Route.LARGE_GEN
                 service = sim.large_s if miss else sim.small_s
                 waited = sim.now - sim.rank[j]
-                ready = max(0.0, self._queue_wait_s() - waited) + service
+                ready = max(0.0, self.queue_wait_s() - waited) + service
                 return routing.Unfinished(
                     id=str(j), predicted=ladder.predict(similarity), ready_in_s=ready, chain_depth=sim.chain[j]
                 )
         return None
 
-    def _queue_wait_s(self) -> float:
+    def queue_wait_s(self) -> float:
         sim = self.sim
         queues = sim.fleet.queues
         hits = len(queues[SMALL_REFINE]) * sim.small_s * _HIT_SHARE
@@ -108,7 +108,10 @@ class SimulatedRouter:
     def service_s(self, decision: Decision, *, large: bool = False) -> float:
         """Seconds of drawing. ``large``: a hit is refined by the large model. Degradation shortens misses only."""
         sim = self.sim
-        share = 1 - decision.skipped_steps / sim.config.total_steps
+        c = sim.config
+        share = 1 - decision.skipped_steps / c.total_steps
         if decision.route is Route.LARGE_GEN:
-            return sim.config.overhead_s + sim.large_s * sim.steps / sim.config.total_steps
-        return sim.config.overhead_s + (sim.large_s if large else sim.small_s) * share
+            share = sim.steps / c.total_steps
+        drawn_large = large or decision.route is Route.LARGE_GEN
+        image_s, fixed_s = (sim.large_s, c.large_fixed_s) if drawn_large else (sim.small_s, c.small_fixed_s)
+        return c.overhead_s + fixed_s + (image_s - fixed_s) * share

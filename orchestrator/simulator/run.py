@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from modm_tasks.errors import InvalidInputError, NotFoundError, TraceError
 from orchestrator.decisions import routing
 from orchestrator.decisions.ladder import PUBLISHED, Ladder, load_ladder, parse
+from orchestrator.device_profiles import load_profile
 from orchestrator.simulator.config import SimConfig
 from orchestrator.simulator.engine import Simulation
 from orchestrator.simulator.outcome import Outcome
-from orchestrator.simulator.profiles import load_profile
 from orchestrator.simulator.similarity import (
     Similarities,
     StatisticalSimilarities,
@@ -45,8 +46,8 @@ def choose_ladder(text: str | None, file: Path | None) -> Ladder:
 
 def speeds(
     *, profile: str | None, large: str, small: str, large_s: float | None, small_s: float | None
-) -> tuple[float, float]:
-    """Seconds of a full image of both models; given figures win over the profile's."""
+) -> dict[str, Any]:
+    """Times of a SimConfig: seconds of a full image of both models and what the profile knows beside; given ones win."""
     if profile is None and (large_s is None or small_s is None):
         raise InvalidInputError("give --large-s and --small-s, or --profile", field="large_s")
     found = load_profile(profile) if profile is not None else None
@@ -56,7 +57,17 @@ def speeds(
         if value is None or value <= 0:
             raise InvalidInputError(f"{name} must be above 0", field=name)
         values.append(value)
-    return values[0], values[1]
+    times = {"large_s": values[0], "small_s": values[1]}
+    if found is None:
+        return times
+    fixed = {
+        f"{role}_fixed_s": found.fixed_s(model)
+        for role, model, given in (("large", large, large_s), ("small", small, small_s))
+        if given is None
+    }
+    return times | fixed | {"overhead_s": found.overhead_s, "front_s": found.front_s, "claim_s": found.claim_s,
+        "alone_share": found.alone_share,
+    }  # fmt: skip
 
 
 def vectors(path: Path, *, warm: int, ladder: Ladder, lowest_rungs: int = 1) -> VectorSimilarities:

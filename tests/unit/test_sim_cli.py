@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from modm_tasks.errors import InvalidInputError, NotFoundError
 from orchestrator.cli_bench_compare import bench_app
 from orchestrator.cli_simulate import simulate_command
-from orchestrator.simulator.profiles import FOLDER, load_profile
+from orchestrator.device_profiles import FOLDER, load_profile
 
 app = typer.Typer()
 app.command("simulate")(simulate_command)
