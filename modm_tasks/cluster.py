@@ -38,7 +38,7 @@ class Control(BaseModel):
     degradation: int = Field(0, ge=0, description="Steps of quality given up under overload.")
     refuse_until_s: float = Field(0.0, description="Unix seconds until which new work is refused.")
     cache_admission: Literal["all", "large-only"] | None = None
-    verify_floor: float | None = Field(None, description="CLIP score below which a refined image is drawn again.")
+    verify_floor: float | None = Field(None, description="CLIP score instead of the ladder's floors, for all rungs.")
     escalation_rate: float | None = Field(None, ge=0, le=1)
 
 

@@ -116,6 +116,9 @@ class Decision(Message):
     similarity: float | None = None
     predicted_similarity: float | None = None
     waits_on: str | None = None
+    verify_floor: float | None = Field(
+        None, description="CLIP score below which the refined image is drawn again; None = it is not verified."
+    )
     reason: str = ""
 
 

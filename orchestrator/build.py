@@ -30,7 +30,7 @@ def choose_ladder(settings: Settings) -> Ladder:
     Thresholds mean nothing for another embedder (facts, section G), so an unknown one without a file is an error.
     """
     if settings.routing.ladder_file is not None:
-        return load_ladder(settings.routing.ladder_file)
+        return _fitting(load_ladder(settings.routing.ladder_file), settings)
     if settings.embedder == "scenes-clip":
         from vector_store.embedder import bundled_folder
 
@@ -41,9 +41,34 @@ def choose_ladder(settings: Settings) -> Ladder:
         return PUBLISHED
     raise ConfigError(
         f"no ladder is known for embedder {settings.embedder!r}: set MODM_ROUTING__LADDER_FILE "
-        "(`python -m ops.scenes.calibrate` shows how one is fitted)",
+        "(`modm calibrate` fits one)",
         field="routing.ladder_file",
     )
+
+
+def _fitting(ladder: Ladder, settings: Settings) -> Ladder:
+    """A ladder from a file, if it was fitted for this embedder; another's thresholds would make every prompt a hit, or none.
+
+    A ladder for another refiner only skips too much or too little, so that is said and allowed.
+    """
+    from vector_store.embedder import embedder_identity
+
+    if ladder.embedder != settings.embedder:
+        whose = repr(ladder.embedder) if ladder.embedder else "no embedder that it names"
+        raise ConfigError(
+            f"the ladder file is for {whose}, not for {settings.embedder!r}; `modm calibrate` fits one",
+            field="routing.ladder_file",
+        )
+    identity = embedder_identity(settings.embedder)
+    if ladder.embedder_identity not in {"", identity}:
+        raise ConfigError(
+            f"the ladder file is for other weights of {settings.embedder!r} ({ladder.embedder_identity}, here {identity});"
+            " `modm calibrate` fits one",
+            field="routing.ladder_file",
+        )
+    if ladder.refiner not in {"", settings.small_model}:
+        log.warning("the ladder file was fitted for %s, and %s refines", ladder.refiner, settings.small_model)
+    return ladder
 
 
 def build_service(settings: Settings, *, observer: Observer | None = None) -> Service:

@@ -27,6 +27,7 @@ from modm_tasks.errors import (
 from modm_tasks.messages import Completion, RequestRecord, Route, State, parse_size, seed_of
 from modm_tasks.queues import LARGE_GEN
 from modm_tasks.settings import Settings
+from workers import verify
 from workers.engine import Drawn, GenerateParams, RefineParams
 from workers.lease import Lease
 from workers.runtime import Runtime
@@ -53,20 +54,6 @@ def model_for(record: RequestRecord, settings: Settings, *, role: str | None, mo
         return settings.large_model
     refines = decision.source_uri is not None
     return settings.large_model if refines and mode == "roles" and role == "large" else settings.small_model
-
-
-def verify_floor(record: RequestRecord, control: Control) -> float | None:
-    """Lowest image-to-prompt cosine at which a refined hit is kept, or None when it is not to be verified.
-
-    The floor is the runtime control's, set by an operator; ``_within_budget`` bounds how many hits it sends back. A request
-    that names its own features is verified only if ``verify`` is among them.
-    """
-    decision, features = record.decision, record.request.features
-    if decision is None or decision.route is not Route.SMALL_REFINE or decision.source_uri is None:
-        return None
-    if features is not None and "verify" not in {name.strip() for name in features.split(",")}:
-        return None
-    return control.verify_floor
 
 
 def serve_one(runtime: Runtime, queue: str) -> dict[str, Any]:
@@ -132,14 +119,15 @@ def _attempt(runtime: Runtime, record: RequestRecord, lease: Lease, written: lis
     ):
         raise InvalidInputError(f"image refused: {refused}")
     vector = runtime.embedder.embed_images([drawn.image])[0]
-    floor, score = verify_floor(record, control), None
+    floor, score = verify.verify_floor(record, control), None
     if floor is not None:
-        score = float(runtime.embedder.embed_texts([record.request.prompt])[0] @ vector)
+        score = verify.score(runtime, record, vector)
     uri, n_bytes = runtime.store.write(record.id, record.attempt, drawn.image)
     written.append(uri)
     completion = _completion(runtime, record, drawn, uri, n_bytes, encode_vector(vector), score)
-    if floor is not None and score is not None and score < floor and _within_budget(runtime, control):
-        reason = f"verify: score {score:.4f} below {floor:.4f}"
+    if floor is not None and score is not None and score < floor and verify.may_escalate(runtime, record, score, floor):
+        was = record.decision.reason if record.decision is not None else ""
+        reason = f"verify: score {score:.4f} below {floor:.4f}; it was a {was}"
         if _insist(lambda: ledger.reroute_to_large(record.id, record.attempt, reason, fallback=completion)) is (
             State.CANCELLED
         ):
@@ -148,15 +136,6 @@ def _attempt(runtime: Runtime, record: RequestRecord, lease: Lease, written: lis
         return f"verification failed, {TO_LARGE}"
     _insist(lambda: ledger.finish(record.id, record.attempt, completion))
     return "done"
-
-
-def _within_budget(runtime: Runtime, control: Control) -> bool:
-    """Whether the share of the window's hits that were drawn again leaves room for one more."""
-    settings, ledger = runtime.settings, runtime.ledger
-    rate = settings.routing.escalation_rate if control.escalation_rate is None else control.escalation_rate
-    bucket_s = control.bucket_s or settings.controller.bucket_s
-    window = ledger.window(window_s=settings.controller.window_s, bucket_s=bucket_s, now_s=ledger.now_s())
-    return window.get("escalated", 0.0) < rate * max(1.0, window.get("hits", 0.0))
 
 
 def _completion(

@@ -14,10 +14,14 @@ from modm_tasks.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Rung:
-    """From ``min_similarity`` (cosine) on, ``skipped_steps`` of T are skipped."""
+    """From ``min_similarity`` (cosine) on, ``skipped_steps`` of T are skipped.
+
+    ``verify_floor``: CLIP score below which a refined image of this rung is mostly a failure; None = not calibrated.
+    """
 
     min_similarity: float
     skipped_steps: int
+    verify_floor: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,8 @@ class Ladder:
     num_inference_steps: int = 50
     embedder: str = ""
     refiner: str = ""
+    #: Name and checkpoint hash of the embedder; "" where the file does not say.
+    embedder_identity: str = ""
     #: Text-to-image cosine expected of an image whose prompt has text-to-text cosine s: slope * s + intercept, fitted by
     #: the calibration of the embedder; (1, 0) where it was not fitted, which suits text-to-text ladders.
     prediction: tuple[float, float] = (1.0, 0.0)
@@ -69,7 +75,7 @@ class Ladder:
         gap = sims[1] - sims[0]
         lower = [max(0.0, sims[0] - gap * (rungs - i)) for i in range(rungs)] + sims
         shifted = zip(lower, self.rungs, strict=False)
-        kept = tuple(Rung(min_similarity=s, skipped_steps=r.skipped_steps) for s, r in shifted)
+        kept = tuple(replace(r, min_similarity=s) for s, r in shifted)
         return replace(self, rungs=kept)
 
 
@@ -90,17 +96,26 @@ def parse(text: str, num_inference_steps: int = 50) -> Ladder:
     return _ladder(pairs, num_inference_steps=num_inference_steps)
 
 
+def _rung(row: dict[str, Any]) -> Rung:
+    floor = row.get("verify_floor")
+    return Rung(
+        min_similarity=float(row["min_similarity"]),
+        skipped_steps=int(row["skipped_steps"]),
+        verify_floor=None if floor is None else float(floor),
+    )
+
+
 def load_ladder(path: Path) -> Ladder:
     """Read a ladder file (schema version 1). Raises ConfigError that names the file and the field."""
     try:
         data = json.loads(path.read_text())
         if data["schema_version"] != 1:
             raise ConfigError(f"{path.name}: schema_version must be 1", field="schema_version")
-        pairs = [(float(r["min_similarity"]), int(r["skipped_steps"])) for r in data["rungs"]]
-        more: dict[str, Any] = {k: str(data.get(k, "")) for k in ("embedder", "refiner")}
+        rungs = tuple(sorted((_rung(r) for r in data["rungs"]), key=lambda r: r.min_similarity))
+        more: dict[str, Any] = {k: str(data.get(k, "")) for k in ("embedder", "refiner", "embedder_identity")}
         fitted = data.get("prediction") or {"slope": 1.0, "intercept": 0.0}
         more["prediction"] = (float(fitted["slope"]), float(fitted["intercept"]))
-        return _ladder(pairs, num_inference_steps=int(data.get("num_inference_steps", 50)), **more)
+        return Ladder(rungs=rungs, num_inference_steps=int(data.get("num_inference_steps", 50)), **more)
     except OSError as error:
         raise ConfigError(f"ladder file {path}: {error.strerror}", field="ladder_file") from error
     except KeyError as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from modm_tasks.errors import InvalidInputError
 from modm_tasks.messages import Decision, Route, SubmitRequest
+from modm_tasks.verification import NO_FLOOR
 from orchestrator.decisions.ladder import Ladder
 
 POLICIES = ("modm", "modm-plus", "large-only", "small-only")
@@ -130,6 +131,14 @@ def skipped_steps(given: RouteInput, similarity: float) -> int | None:
     return min(total - 1, round(rung.skipped_steps * total / given.ladder.num_inference_steps))
 
 
+def _verify_floor(given: RouteInput, similarity: float) -> float | None:
+    """The floor of the rung that the similarity is on; None = not to be verified."""
+    if "verify" not in given.features:
+        return None
+    rung = given.ladder.lowered(given.lowered_rungs).lookup(similarity)
+    return NO_FLOOR if rung is None or rung.verify_floor is None else rung.verify_floor
+
+
 def _stored(given: RouteInput) -> Decision | None:
     found = given.found
     if "repeats" not in given.features or found is None or not (found.same_prompt and found.same_seed):
@@ -152,7 +161,7 @@ def _hit(given: RouteInput) -> Decision | None:
         k, note = given.repeat_max_k, "; repeat without a seed, so k is bounded for variety"
     return Decision(
         route=Route.SMALL_REFINE, policy=given.policy, skipped_steps=k, source_id=found.id, source_uri=found.uri,
-        source_depth=found.depth, similarity=found.similarity,
+        source_depth=found.depth, similarity=found.similarity, verify_floor=_verify_floor(given, found.similarity),
         reason=f"hit: similarity {found.similarity:.3f} skips {k} steps{note}",
     )  # fmt: skip
 
@@ -206,8 +215,3 @@ def slack_rank(*, accepted_s: float, deadline_s: float, service_s: float) -> flo
 def hastened(rank: float, *, saved_s: float, n_workers: int) -> float:
     """The rank of a source that others wait on: earlier by the time that the saved work takes all workers together."""
     return rank - saved_s / max(1, n_workers)
-
-
-def should_escalate(score: float, floor: float, *, escalated: int, hits: int, budget: float) -> bool:
-    """Whether a refined image that scores ``score`` is drawn again by the large model, within a share of all hits."""
-    return score < floor and escalated < budget * max(1, hits)

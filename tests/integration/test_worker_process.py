@@ -137,7 +137,8 @@ def test_a_hit_whose_source_is_gone_or_garbage_is_drawn_by_the_large_model(quick
 def test_a_refined_image_below_the_floor_is_drawn_again_by_the_large_model(quick: Rig) -> None:
     quick.ledger.set_control(verify_floor=1.5)  # no cosine reaches it
     try:
-        record = quick.ended(quick.submit("a proud fox", quick.hit(10)))
+        hit = quick.hit(10).model_copy(update={"verify_floor": 0.9})
+        record = quick.ended(quick.submit("a proud fox", hit))
     finally:
         quick.ledger.set_control(verify_floor=None)
     assert record.completion is not None

@@ -182,7 +182,9 @@ def test_a_cancellation_that_crosses_an_error_ends_the_request(runtime: Runtime,
 def test_a_cancellation_that_crosses_a_failed_verification_leaves_no_file(runtime: Runtime) -> None:
     source = served(runtime, submit(runtime)).completion
     assert source is not None
-    hit = Decision(route=Route.SMALL_REFINE, policy="t", skipped_steps=10, source_id="s", source_uri=source.uri)
+    hit = Decision(
+        route=Route.SMALL_REFINE, policy="t", skipped_steps=10, source_id="s", source_uri=source.uri, verify_floor=0.9
+    )  # fmt: skip
     runtime.ledger.set_control(verify_floor=1.5, escalation_rate=1.0)
     request_id = submit(runtime, hit)
     write = runtime.store.write
@@ -275,7 +277,9 @@ def test_an_image_that_the_safety_hook_refuses_is_not_published(runtime: Runtime
 def test_a_refined_image_below_the_floor_is_drawn_again_within_the_budget(runtime: Runtime) -> None:
     source = served(runtime, submit(runtime)).completion
     assert source is not None
-    hit = Decision(route=Route.SMALL_REFINE, policy="t", skipped_steps=10, source_id="s", source_uri=source.uri)
+    hit = Decision(
+        route=Route.SMALL_REFINE, policy="t", skipped_steps=10, source_id="s", source_uri=source.uri, verify_floor=0.9
+    )  # fmt: skip
     runtime.ledger.set_control(verify_floor=1.5, escalation_rate=1.0)
     request_id = submit(runtime, hit)
     assert served(runtime, request_id, SMALL).state is State.QUEUED

@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modm_tasks.errors import ConfigError
+from modm_tasks.settings import RoutingSettings, Settings
+from orchestrator.build import choose_ladder
 from orchestrator.decisions.ladder import PUBLISHED, Ladder, Rung, load_ladder, parse
+from vector_store.embedder import embedder_identity
 
 FIXED = settings(derandomize=True, deadline=None, max_examples=80)
 
@@ -58,9 +61,30 @@ def test_files_are_read_and_their_faults_named(tmp_path: Path) -> None:
             "rungs": [{"min_similarity": 0.5, "skipped_steps": 10}]}  # fmt: skip
     path.write_text(json.dumps(good))
     assert load_ladder(path).threshold == 0.5
+    assert load_ladder(path).rungs[0].verify_floor is None
+    path.write_text(json.dumps(good | {"rungs": [good["rungs"][0] | {"verify_floor": 0.61}]}))  # type: ignore[index,operator]
+    assert load_ladder(path).rungs[0].verify_floor == 0.61
     for change in ({"schema_version": 2}, {"rungs": []}, {"rungs": [{"min_similarity": 0.5}]}, {"rungs": 3}):
         path.write_text(json.dumps(good | change))
         with pytest.raises(ConfigError):
             load_ladder(path)
     with pytest.raises(ConfigError, match="nothing"):
         load_ladder(tmp_path / "nothing.json")
+
+
+def test_a_ladder_file_for_another_embedder_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ladder.json"
+    data = {"schema_version": 1, "refiner": "r", "rungs": [{"min_similarity": 0.5, "skipped_steps": 10}]}
+
+    def choose(**more: str) -> Ladder:
+        path.write_text(json.dumps(data | more))
+        return choose_ladder(Settings(embedder="fake", routing=RoutingSettings(ladder_file=path)))
+
+    assert choose(embedder="fake").threshold == 0.5
+    assert choose(embedder="fake", embedder_identity=embedder_identity("fake")).threshold == 0.5
+    with pytest.raises(ConfigError, match=r"for 'scenes-clip', not for 'fake'"):
+        choose(embedder="scenes-clip")
+    with pytest.raises(ConfigError, match="no embedder that it names"):
+        choose()
+    with pytest.raises(ConfigError, match="other weights of 'fake'"):
+        choose(embedder="fake", embedder_identity="fake-00000000")

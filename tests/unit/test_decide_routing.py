@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from modm_tasks.errors import InvalidInputError
 from modm_tasks.messages import Route, SubmitRequest
+from modm_tasks.verification import NO_FLOOR, Load, may_escalate
 from orchestrator.decisions import routing
-from orchestrator.decisions.ladder import PUBLISHED, parse
+from orchestrator.decisions.ladder import PUBLISHED, Ladder, Rung, parse
 from orchestrator.decisions.routing import Found, RouteInput, Unfinished
 
 
@@ -129,10 +131,27 @@ def test_sources_are_hastened_by_what_they_save_together() -> None:
     assert routing.hastened(100.0, saved_s=55.0, n_workers=0) == 45.0
 
 
-def test_escalation_keeps_its_budget() -> None:
-    assert routing.should_escalate(0.2, 0.25, escalated=0, hits=10, budget=0.1)
-    assert not routing.should_escalate(0.2, 0.25, escalated=1, hits=10, budget=0.1)
-    assert not routing.should_escalate(0.3, 0.25, escalated=0, hits=10, budget=0.1)
+def test_a_hit_carries_the_floor_of_its_rung_where_it_is_to_be_verified() -> None:
+    low, high = Rung(min_similarity=0.2, skipped_steps=5, verify_floor=0.31), Rung(min_similarity=0.3, skipped_steps=30)
+    more: dict[str, Any] = {"found": FOUND, "ladder": Ladder(rungs=(low, high))}
+    assert routing.route(given("modm-plus", **more)).verify_floor == 0.31
+    assert routing.route(given("modm", **more)).verify_floor is None
+    assert (
+        routing.route(given("modm-plus", **more, lowered_rungs=1)).verify_floor == NO_FLOOR
+    )  # of the rung it is on now
+    assert routing.route(given("modm", "drift", **more)).verify_floor is None
+
+
+def test_a_second_drawing_needs_a_low_score_time_and_budget() -> None:
+    calm = Load(hits=100, escalated=0, slo_s=120, age_s=20, large_s=60)
+    assert may_escalate(0.2, 0.25, calm, rate=0.1)
+    assert not may_escalate(0.25, 0.25, calm, rate=0.1)
+    assert not may_escalate(0.2, 0.25, replace(calm, escalated=10), rate=0.1)
+    assert not may_escalate(0.2, 0.25, replace(calm, age_s=61), rate=0.1)  # it would be late
+    assert may_escalate(0.2, 0.25, replace(calm, age_s=1e6, slo_s=0), rate=0.1)  # nothing is known of the times yet
+    assert may_escalate(0.2, 0.25, replace(calm, escalated=4, wait_s=60), rate=0.1)
+    assert not may_escalate(0.2, 0.25, replace(calm, escalated=5, wait_s=60), rate=0.1)  # half the budget
+    assert not may_escalate(0.2, 0.25, replace(calm, wait_s=120), rate=1.0)  # saturated: nothing is bought
 
 
 def test_a_ladder_predicts_text_to_image_from_text_to_text() -> None:

@@ -12,10 +12,12 @@ from modm_tasks.cluster import Control
 from modm_tasks.errors import EngineError
 from modm_tasks.messages import Decision, RequestRecord, Route, State, SubmitRequest, new_request_id
 from modm_tasks.settings import Settings, WorkerSettings
+from modm_tasks.verification import NO_FLOOR
 from workers.engine import GenerateParams, RefineParams, start_step
 from workers.pinning import gpu_of, pinned, served_models, thread_count
-from workers.serve import model_for, verify_floor
+from workers.serve import model_for
 from workers.testing import PROMPT_KEY, FakeEngine, picture
+from workers.verify import verify_floor
 
 SETTINGS = Settings(large_model="L", small_model="S", worker=WorkerSettings(fake_large_s=0, fake_small_s=0))
 MISS = Decision(route=Route.LARGE_GEN, policy="t")
@@ -23,8 +25,8 @@ HIT = Decision(route=Route.SMALL_REFINE, policy="t", skipped_steps=30, source_id
 SMALL_ALONE = Decision(route=Route.SMALL_REFINE, policy="small-only")
 
 
-def record(decision: Decision, features: str | None = None) -> RequestRecord:
-    request = SubmitRequest(prompt="p", features=features)
+def record(decision: Decision) -> RequestRecord:
+    request = SubmitRequest(prompt="p")
     return RequestRecord(id=new_request_id(), state=State.RUNNING, request=request, decision=decision)
 
 
@@ -44,13 +46,16 @@ def test_which_model_draws(decision: Decision, role: str | None, mode: str, mode
     assert model_for(record(decision), SETTINGS, role=role, mode=mode) == model
 
 
-def test_hits_are_verified_only_where_a_floor_is_set_and_the_request_agrees() -> None:
-    on, off = Control(verify_floor=0.2), Control()
-    assert verify_floor(record(HIT), on) == 0.2
-    assert verify_floor(record(HIT, "gaps, verify"), on) == 0.2
-    assert verify_floor(record(HIT, "gaps"), on) is None
-    assert verify_floor(record(HIT), off) is None
-    assert verify_floor(record(MISS), on) is None
+def test_hits_are_verified_where_the_router_says_so_and_an_operators_floor_goes_first() -> None:
+    operators, none = Control(verify_floor=0.2), Control()
+    calibrated = HIT.model_copy(update={"verify_floor": 0.6})
+    without_floor = HIT.model_copy(update={"verify_floor": NO_FLOOR})
+    assert verify_floor(record(calibrated), none) == 0.6
+    assert verify_floor(record(calibrated), operators) == 0.2
+    assert verify_floor(record(without_floor), none) is None
+    assert verify_floor(record(without_floor), operators) == 0.2
+    assert verify_floor(record(HIT), operators) is None  # `modm`, or a request that leaves `verify` out
+    assert verify_floor(record(MISS), operators) is None
 
 
 @given(k=st.integers(0, 49))
