@@ -55,9 +55,10 @@ def load_pair(entry: ModelEntry, options: WorkerSettings, device: torch.device) 
         raise ConfigError(problem, field="model")
     # On a CPU bfloat16 gained 14 % with scenes-large and lost 23 % with scenes-small (docs/models.md): not worth its noise.
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, entry.dtype)
-    arguments: dict[str, Any] = {"torch_dtype": dtype, **load_arguments(options, dtype)}
+    common: dict[str, Any] = {"torch_dtype": dtype}
     if importlib.util.find_spec("accelerate") is None:
-        arguments["low_cpu_mem_usage"] = False  # what diffusers falls back to, with four lines of warning
+        common["low_cpu_mem_usage"] = False  # what diffusers falls back to, with four lines of warning
+    arguments: dict[str, Any] = common | load_arguments(options, dtype)
     if entry.folder is None:
         arguments |= {"revision": entry.revision, "variant": entry.variant}
     else:
@@ -65,7 +66,7 @@ def load_pair(entry: ModelEntry, options: WorkerSettings, device: torch.device) 
     try:
         with quiet():
             if entry.vae:
-                arguments["vae"] = diffusers.AutoencoderKL.from_pretrained(entry.vae, torch_dtype=dtype)
+                arguments["vae"] = diffusers.AutoencoderKL.from_pretrained(entry.vae, **common)
             loader = _class(entry, entry.pipeline) if entry.pipeline else diffusers.AutoPipelineForText2Image
             text = loader.from_pretrained(entry.source, **arguments)
             pair = Pair(entry=entry, text=text, image=image_pipeline(entry, text))

@@ -61,7 +61,9 @@ class Painter:
         torch.set_num_threads(threads)
         folder = DIFFUSION_FOLDER / model
         self.settings: dict[str, Any] = json.loads((folder / "modm.json").read_text())
-        self._text = AutoPipelineForText2Image.from_pretrained(str(folder)).to(torch.float32)
+        self._text = AutoPipelineForText2Image.from_pretrained(
+            str(folder), torch_dtype=torch.float32, low_cpu_mem_usage=False
+        )
         self._text.set_progress_bar_config(disable=True)
         self._image = AutoPipelineForImage2Image.from_pipe(self._text)
         self._image.set_progress_bar_config(disable=True)
