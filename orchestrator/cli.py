@@ -77,6 +77,7 @@ def _canonical(name: str, settings: Settings) -> str:
 
 def _mount() -> None:
     """Sub-apps of the folders. Each module imports only typer and the standard library at its top."""
+    from ops.calibration.cli import calibrate_command
     from ops.cli import doctor, down, flower, up
     from orchestrator.cli_bench_compare import bench_app
     from orchestrator.cli_controller import controller_app, workers_app
@@ -102,6 +103,7 @@ def _mount() -> None:
         "doctor": doctor,
         "profile": profile_command,
         "simulate": simulate_command,
+        "calibrate": calibrate_command,
     }
     for name, command in commands.items():
         app.command(name)(command)

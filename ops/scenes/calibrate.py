@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,55 +21,16 @@ from ops.scenes.export import CLIP_FOLDER, LARGE, SMALL, STEPS
 from ops.scenes.generate import Job, draw_all
 from ops.scenes.holdout import CHAIN_LENGTH, Prompt, calibration_prompts
 from ops.scenes.loop import work_folder
+from orchestrator.decisions.fitting import BAND, build_ladder, fit_prediction, lowest_similarity
+from orchestrator.decisions.fitting import FittedRung as Rung
+
+__all__ = ["BAND", "Rung", "build_ladder", "fit_prediction", "lowest_similarity"]
 
 DEPTHS = (5, 10, 15, 20, 25, 30)
 ALPHA = 0.97
 #: Calibrated against a little more than the bar, as the evaluation is on other prompts.
 MARGIN = 0.005
-BAND = 0.06
-LEAST_IN_BAND = 25
 LADDER = CLIP_FOLDER / "ladder.json"
-
-
-@dataclass(frozen=True)
-class Rung:
-    """From `min_similarity` (text to image cosine) on, `skipped_steps` of 50 may be skipped."""
-
-    min_similarity: float
-    skipped_steps: int
-    quality: float
-    pairs: int
-
-
-def lowest_similarity(similarity: np.ndarray, quality: np.ndarray, target: float) -> tuple[float, float, int] | None:
-    """(threshold, quality in the band above it, pairs in that band), or None where not even the best sources do.
-
-    Walks down from the most similar pairs and stops at the first band of `BAND` whose mean quality is below target.
-    """
-    best = None
-    for low in np.arange(round(float(similarity.max()), 2), float(similarity.min()), -0.01):
-        inside = (similarity >= low) & (similarity < low + BAND)
-        if inside.sum() < LEAST_IN_BAND:
-            continue
-        mean = float(quality[inside].mean())
-        if mean < target:
-            break
-        best = (round(float(low), 3), mean, int(inside.sum()))
-    return best
-
-
-def build_ladder(measured: dict[int, tuple[np.ndarray, np.ndarray]], target: float) -> list[Rung]:
-    """Rungs in descending similarity; a depth that never reaches the target gets none."""
-    rungs: list[Rung] = []
-    floor = -1.0
-    for depth in sorted(measured):
-        found = lowest_similarity(*measured[depth], target)
-        if found is None:
-            continue
-        # More skipped steps never ask for less similarity: a noisy estimate must not turn the ladder upside down.
-        floor = round(max(found[0], floor + 0.01), 3)
-        rungs.append(Rung(floor, depth, round(found[1], 4), found[2]))
-    return rungs[::-1]
 
 
 def rung_depth(rungs: Sequence[Rung], similarity: float) -> int:
@@ -92,16 +52,6 @@ def chain_similarity(prompts: Sequence[Prompt], texts: np.ndarray, images: np.nd
     blocks = images.reshape(-1, CHAIN_LENGTH, images.shape[1])
     cosines: np.ndarray = np.einsum("nd,ncd->nc", texts, blocks[[p.chain for p in prompts]])
     return cosines
-
-
-def fit_prediction(text_to_text: np.ndarray, text_to_image: np.ndarray) -> dict[str, float]:
-    """Line from the cosine of two prompts to that of the one with the other's picture: what a request may expect of a
-    source that is not drawn yet. ``error`` is the root mean square of what the line misses.
-    """
-    x, y = text_to_text.ravel(), text_to_image.ravel()
-    slope, intercept = np.polyfit(x, y, 1)
-    error = float(np.sqrt(np.mean((slope * x + intercept - y) ** 2)))
-    return {"slope": round(float(slope), 4), "intercept": round(float(intercept), 4), "error": round(error, 4)}
 
 
 def measure(work: Path, processes: int) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], float, dict[str, float]]:

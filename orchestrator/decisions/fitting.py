@@ -18,6 +18,8 @@ Bools = NDArray[np.bool_]
 
 #: Width of the sliding band of similarity over which quality is averaged, and how many pairs make a mean worth having.
 BAND, LEAST_IN_BAND = 0.06, 25
+#: How finely thresholds are tried, and how far apart rungs lie at least.
+STEP = 0.01
 #: Fewest images below a floor: a floor set by one or two unlucky ones says nothing about the next.
 LEAST_FLAGGED = 6
 #: A floor is worth a large image only where what lies below it is mostly failures.
@@ -50,37 +52,48 @@ class FloorFigures:
 
 
 def lowest_similarity(
-    similarity: Floats, quality: Floats, target: float, *, band: float = BAND, least: int = LEAST_IN_BAND
+    similarity: Floats,
+    quality: Floats,
+    target: float,
+    *,
+    band: float = BAND,
+    step: float = STEP,
+    least: int = LEAST_IN_BAND,
 ) -> tuple[float, float, int] | None:
     """(threshold, quality in the band above it, pairs in that band), or None where not even the best sources do.
 
-    Walks down from the most similar pairs and stops at the first band whose mean quality is below ``target``.
+    Walks down from the most similar pairs in ``step`` and stops at the first band whose mean quality is below ``target``.
     """
     best = None
-    for low in np.arange(round(float(similarity.max()), 2), float(similarity.min()), -0.01):
+    for low in np.arange(round(float(similarity.max()) / step) * step, float(similarity.min()) - 1e-9, -step):
         inside = (similarity >= low) & (similarity < low + band)
         if inside.sum() < least:
             continue
         mean = float(quality[inside].mean())
         if mean < target:
             break
-        best = (round(float(low), 3), mean, int(inside.sum()))
+        best = (round(float(low), 4), mean, int(inside.sum()))
     return best
 
 
 def build_ladder(
-    measured: Mapping[int, tuple[Floats, Floats]], target: float, *, band: float = BAND, least: int = LEAST_IN_BAND
+    measured: Mapping[int, tuple[Floats, Floats]],
+    target: float,
+    *,
+    band: float = BAND,
+    step: float = STEP,
+    least: int = LEAST_IN_BAND,
 ) -> list[FittedRung]:
     """``measured``: by k, similarity and quality of pairs. Rungs in descending similarity; a k that never reaches the
     target gets none."""
     rungs: list[FittedRung] = []
     floor = -1.0
     for depth in sorted(measured):
-        found = lowest_similarity(*measured[depth], target, band=band, least=least)
+        found = lowest_similarity(*measured[depth], target, band=band, step=step, least=least)
         if found is None:
             continue
         # More skipped steps never ask for less similarity: a noisy estimate must not turn the ladder upside down.
-        floor = round(max(0.0, found[0], floor + 0.01), 3)
+        floor = round(max(0.0, found[0], floor + step), 4)
         rungs.append(FittedRung(floor, depth, round(found[1], 4), found[2]))
     return rungs[::-1]
 
