@@ -147,7 +147,8 @@ def measure(settings: Settings, it: Experiment, *, witnessed: bool = False) -> R
 def profile_stack(settings: Settings, it: Experiment, rows: Sequence[TraceRow]) -> dict[str, Any]:
     """A profile of the running stack, measured with ``rows``, under the control and the warm cache of the experiment."""
     namespace = f"profile-{uuid4().hex[:8]}"
-    with Client.from_settings(settings) as client, control_of(client, it.settings):
+    # Pooled, whatever the run has: a large worker of the published roles would draw hits with its own model.
+    with Client.from_settings(settings) as client, control_of(client, it.settings | {"mode": "pooled"}):
         target = HttpTarget(client)
         settled(client)
         if it.cache_directory is not None:

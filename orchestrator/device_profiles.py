@@ -32,6 +32,7 @@ class DeviceProfile:
     """``total_steps``: of a full image. ``overhead_s``: beside drawing, for every image, before a worker takes the next one.
 
     ``front_s``: from the arrival of a request until it stands in its queue, ``claim_s``: until an idle worker has it.
+    ``gap_s``: from a worker's end until it has the next one that waits.
     ``alone_share``: drawing time while every other worker is idle, over that while all draw (they share a machine).
     """
 
@@ -42,6 +43,7 @@ class DeviceProfile:
     overhead_s: float = 0.0
     front_s: float = 0.0
     claim_s: float = 0.0
+    gap_s: float = 0.0
     alone_share: float = 1.0
 
     def fixed_s(self, model: str) -> float:
@@ -97,7 +99,7 @@ def load_profile(name: str) -> DeviceProfile:
         models=models,
         total_steps=int(data.get("total_steps", 50)),
         overhead_s=float(data.get("overhead_s", 0.0)),
-        **{name: float(data[name]) for name in ("front_s", "claim_s", "alone_share") if name in data},
+        **{name: float(data[name]) for name in ("front_s", "claim_s", "gap_s", "alone_share") if name in data},
     )
 
 
@@ -105,7 +107,9 @@ def as_toml(found: Mapping[str, Any]) -> str:
     """A measured profile in the form of the bundled ones: what `modm profile` and the validation measure."""
     lines = [f"# {found['how']}", f"device = {json.dumps(found['device'])}", f"total_steps = {found['steps']}"]
     lines += [
-        f"{name} = {found[name]}" for name in ("overhead_s", "front_s", "claim_s", "alone_share") if name in found
+        f"{name} = {found[name]}"
+        for name in ("overhead_s", "front_s", "claim_s", "gap_s", "alone_share")
+        if name in found
     ]
     for model, row in found["models"].items():
         lines += ["", f"[models.{json.dumps(model)}]", f"image_s = {row['image_s']}", f"step_s = {row['step_s']}"]

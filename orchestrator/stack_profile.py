@@ -71,7 +71,8 @@ def profile_of(
     beside = [r.done_s - r.claimed_s - _gpu_s(r) for r in busy if r.done_s and r.claimed_s]
     return {
         "steps": steps,
-        "overhead_s": round(median(beside) + median(gaps(busy)), 5),
+        "overhead_s": round(median(beside), 5),
+        "gap_s": round(median(gaps(busy)), 5),
         "front_s": round(median((r.queued_s or 0.0) - r.arrival_s for r in alone), 5),
         "claim_s": round(median((r.claimed_s or 0.0) - (r.queued_s or 0.0) for r in alone), 5),
         "alone_share": round(min(1.0, median(share)), 4),

@@ -1,6 +1,6 @@
 """Do the roles that the system reports agree with what the workers really consume, all through a run?
 
-A thread looks every half second: the roles by HTTP's state in Redis, ``active_queues`` by remote control, and Flower's
+A thread looks every second: the roles by HTTP's state in Redis, ``active_queues`` by remote control, and Flower's
 view of the same workers where its URL is given. A look counts where no move was under way at its beginning or its end.
 """
 
@@ -24,7 +24,7 @@ from orchestrator.controller.plan import role_queues
 from orchestrator.controller.remote import RemoteControl
 
 log = logging.getLogger(__name__)
-LOOK_S = 0.5
+LOOK_S = 1.0
 
 
 class Witness:

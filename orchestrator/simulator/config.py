@@ -18,8 +18,8 @@ class SimConfig:
     """``large_s`` and ``small_s``: seconds of a full image on one GPU, ``.._fixed_s`` the part of it that is no step.
 
     ``overhead_s`` comes to every image; ``front_s`` passes from an arrival until the request is routed, ``claim_s`` until
-    an idle worker takes it. ``alone_share``: drawing time of the only busy worker over that when all are busy, as they may
-    share a machine; between them it is linear in the number of busy ones, when the drawing begins.
+    an idle worker takes it, ``gap_s`` until a worker that has just ended one does. ``alone_share``: drawing time of the
+    only busy worker over that when all are busy, as they may share a machine; linear in the busy ones in between.
 
     ``turnaround_s``: seconds after which a user of the closed loop sends the next request.
     ``admit``: refuse at arrival what would be late.
@@ -41,6 +41,7 @@ class SimConfig:
     overhead_s: float = 0.0
     front_s: float = 0.0
     claim_s: float = 0.0
+    gap_s: float = 0.0
     alone_share: float = 1.0
     turnaround_s: float = 0.0
     cache_capacity: int = 10_000

@@ -202,8 +202,7 @@ class Simulation:
         c = self.config
         if c.alone_share < 1 and c.gpus > 1:
             service *= c.alone_share + (1 - c.alone_share) * (self.fleet.n_busy - 1) / (c.gpus - 1)
-        if idle:
-            service += c.claim_s
+        service += c.claim_s if idle else c.gap_s
         if worker in self.switching:
             self.switching.discard(worker)
             service += self.config.switch_s

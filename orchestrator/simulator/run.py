@@ -23,6 +23,10 @@ from orchestrator.simulator.similarity import (
 from orchestrator.traces import arrivals
 
 
+#: Times of a profile that are no drawing.
+BESIDE = ("overhead_s", "front_s", "claim_s", "gap_s", "alone_share")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Load:
     """Arrivals: kind, rate, how many (0 = all rows of the source), concurrency of a closed loop, file of recorded ones."""
@@ -65,9 +69,7 @@ def speeds(
         for role, model, given in (("large", large, large_s), ("small", small, small_s))
         if given is None
     }
-    return times | fixed | {"overhead_s": found.overhead_s, "front_s": found.front_s, "claim_s": found.claim_s,
-        "alone_share": found.alone_share,
-    }  # fmt: skip
+    return times | fixed | {name: getattr(found, name) for name in BESIDE}
 
 
 def vectors(path: Path, *, warm: int, ladder: Ladder, lowest_rungs: int = 1) -> VectorSimilarities:

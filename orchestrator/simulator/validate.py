@@ -30,7 +30,7 @@ MAX_THROUGHPUT_ERROR, MAX_LATENCY_ERROR = 0.10, 0.15
 SCALE = 1000.0
 #: Times of the profile, as they stand in the result.
 TIMES = (
-    "large_s", "small_s", "large_fixed_s", "small_fixed_s", "overhead_s", "front_s", "claim_s", "alone_share",
+    "large_s", "small_s", "large_fixed_s", "small_fixed_s", "overhead_s", "front_s", "claim_s", "gap_s", "alone_share",
     "turnaround_s",
 )  # fmt: skip
 
@@ -131,6 +131,7 @@ def config_of(report: Mapping[str, Any], rows: Sequence[Row], profile: DevicePro
             overhead_s=profile.overhead_s,
             front_s=profile.front_s,
             claim_s=profile.claim_s,
+            gap_s=profile.gap_s,
             alone_share=profile.alone_share,
             turnaround_s=turnaround(rows, concurrency),
             ladder=Ladder(rungs=tuple(Rung(min_similarity=k / SCALE, skipped_steps=k) for k in ks)),
