@@ -4,6 +4,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=.venv
+choice=$venv/.modm-torch
+# A later `make test` or `make demo` says nothing of torch: what was chosen once stays.
+if [ -z "${TORCH:-}" ] && [ -f $choice ]; then
+  { read -r TORCH; read -r index; } <$choice
+  TORCH_INDEX=${TORCH_INDEX:-$index}
+fi
 torch=${TORCH:-cuda}
 uv_pin=uv==0.13.9
 
@@ -65,5 +71,6 @@ if [ -n "${TORCH_INDEX:-}" ]; then
 fi
 # uv's sync removes an editable project, so it is installed last. hatchling is in the lock: nothing is fetched here.
 $uv pip install --quiet --no-deps --no-build-isolation -e .
+printf '%s\n%s\n' "$torch" "${TORCH_INDEX:-}" >$choice
 printf '%s\n' "$want" >$stamp
 say "done: $venv, Python $python_version"
