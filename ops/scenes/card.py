@@ -57,7 +57,7 @@ def _shortfall(judged: list[dict[str, Any]]) -> list[str]:
     return [
         f"`{SMALL}` learned too much: its edges are rougher, but the judge reads its pictures nearly as well as those of",
         f"`{LARGE}`. Speed figures stand; a quality gap between the two must not be argued from these weights.",
-        "`SMALL_STAGE` in `ops/scenes/denoisers.py` says at how many steps to stop for a weaker one.",
+        "Why the bar and the rungs below exclude each other here: `docs/decisions/0009-small-model.md`.",
         "",
     ]
 

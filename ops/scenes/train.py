@@ -19,8 +19,8 @@ import torch
 
 from ops.scenes.classifier import export_classifier, train_classifier
 from ops.scenes.clip import train_clip
-from ops.scenes.denoisers import train_large, train_small
-from ops.scenes.export import LARGE, SMALL, export_clip, export_diffusion
+from ops.scenes.denoisers import start_from_shipped, train_large, train_small
+from ops.scenes.export import DIFFUSION_FOLDER, LARGE, SMALL, export_clip, export_diffusion
 from ops.scenes.holdout import write_eval_prompts
 from ops.scenes.loop import work_folder
 from ops.scenes.text import train_text
@@ -78,13 +78,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=work_folder(), help="checkpoints and pictures (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=list(STAGES), default=list(STAGES), metavar="STAGE")
+    parser.add_argument(
+        "--from-shipped",
+        action="store_true",
+        help="train a denoiser again on the VAE and text encoders that are shipped (with --only small or large)",
+    )
     arguments = parser.parse_args()
+    if arguments.from_shipped and {"vae", "text"} & set(arguments.only):
+        parser.error("--from-shipped starts from the shipped vae and text: name other stages with --only")
     if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
         # The allocator reads its settings once, at start.
         command = [sys.executable, "-m", "ops.scenes.train", *sys.argv[1:]]
         os.execve(sys.executable, command, {**os.environ, **ALLOCATOR})
     torch.set_num_threads(1)
     checkpoints = arguments.work / "ckpt"
+    if arguments.from_shipped:
+        start_from_shipped(DIFFUSION_FOLDER / LARGE, checkpoints)
     for name in STAGES:
         if name in arguments.only:
             print(f"== {name}", file=sys.stderr, flush=True)

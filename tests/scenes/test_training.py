@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ops.scenes.denoisers import grow, make_large
+from ops.scenes.denoisers import FrozenText, grow, load_bank, make_large, start_from_shipped
+from ops.scenes.export import DIFFUSION_FOLDER, LARGE
 from ops.scenes.loop import StageConfig, load_average, rate_at, step_random
 from ops.scenes.text import train_text
 
@@ -74,3 +75,17 @@ def test_a_grown_model_computes_what_the_shallow_one_did(old: int, new: int) -> 
     }
     with torch.no_grad():
         assert torch.allclose(shallow(**inputs).sample, deep(**inputs).sample, atol=1e-5)
+
+
+def test_a_denoiser_can_start_from_what_is_shipped(tmp_path: Path) -> None:
+    start_from_shipped(DIFFUSION_FOLDER / LARGE, tmp_path)
+    bank = load_bank(tmp_path, size=500)
+    # The shipped VAE normalises its latents; a second normalisation would show as another spread.
+    assert abs(float(bank.latents.astype("float32").std()) - 1) < 0.1
+    again = load_bank(tmp_path, size=500)
+    assert (again.latents == bank.latents).all()
+    text = FrozenText(tmp_path)
+    hidden, pooled = text.encode(["a big red circle on a plain blue background", "a small green star"])
+    assert hidden.shape == (2, 25, 128)
+    assert pooled.shape == (2, 128)
+    assert float((pooled[0] - pooled[1]).norm()) > 1
