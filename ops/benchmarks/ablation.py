@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,19 +22,18 @@ from typing import Any
 import numpy as np
 
 from modm_tasks.client import Client
-from modm_tasks.errors import ModmError
 from modm_tasks.messages import RequestRecord, Route, State
 from modm_tasks.output import note
-from modm_tasks.settings import load_settings
 from ops.benchmarks import ablation_table
-from ops.demo import MODM, TRACE, demo_environ
+from ops.benchmarks.serving import serving
+from ops.demo import TRACE
 from orchestrator.decisions.routing import FEATURES
 from orchestrator.report.progress import shown
 from orchestrator.run_trace import RunPlan, run_trace
 from orchestrator.targets import HttpTarget
 from orchestrator.traces.load import load_trace
 
-REQUESTS, REPEATS, WORKERS = 150, 3, 2
+REPEATS, USERS = 3, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +43,14 @@ class System:
     name: str
     policy: str
     features: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The load of every run. ``arrivals``: ``burst`` = all at once, ``closed`` = as many users as workers."""
+
+    requests: int = 150
+    arrivals: str = "burst"
 
 
 SYSTEMS = (
@@ -62,13 +66,14 @@ def folder_of(out: Path, system: System) -> Path:
     return out / system.name.replace(" ", "").replace("(all)", "")
 
 
-def measure(client: Client, system: System, repeat: int, requests: int, folder: Path, images: Path) -> dict[str, Any]:
+def measure(client: Client, system: System, repeat: int, load: Plan, folder: Path, images: Path) -> dict[str, Any]:
     """One run: replay, then judge its images. Writes the vectors, then the figures (whose presence says: measured)."""
     from ops.benchmarks import judge
 
     target = HttpTarget(client)
     plan = RunPlan(
-        rows=load_trace(TRACE, num_requests=requests).rows, arrivals="burst", policy=system.policy,
+        rows=load_trace(TRACE, num_requests=load.requests).rows, arrivals=load.arrivals, concurrency=USERS,
+        policy=system.policy,
         features=system.features, namespace=f"ablation-{folder.name.replace('+', '-')}-{repeat}-{int(time.time())}",
         name=f"{system.name} {repeat}",
     )  # fmt: skip
@@ -111,32 +116,19 @@ def figures(report: dict[str, Any], done: Sequence[RequestRecord], right: np.nda
     }  # fmt: skip
 
 
-def modm(*args: str, environ: dict[str, str]) -> None:
-    """One command of the stack. Raises ModmError with what it was."""
-    if subprocess.run([*MODM, *args], env=environ, stdout=sys.stderr, check=False).returncode:
-        raise ModmError(f"`modm {args[0]}` failed")
-
-
-def run_missing(out: Path, systems: Sequence[System], *, requests: int, repeats: int, budget_s: float) -> bool:
+def run_missing(out: Path, systems: Sequence[System], plan: Plan, *, repeats: int, budget_s: float) -> bool:
     """Measure what is not there yet, the repeats of all systems in turn. Returns whether all is there."""
     wanted = [(s, n) for n in range(1, repeats + 1) for s in systems if not (folder_of(out, s) / f"{n}.json").is_file()]
     if not wanted:
         return True
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="modm-ablation-") as home:
-        environ = demo_environ(os.environ, Path(home), "diffusers")
-        try:
-            modm("up", "--workers", str(WORKERS), "--mode", "pooled", "--no-flower", environ=environ)
-            with Client.from_settings(load_settings(home=Path(home))) as client:
-                for system, repeat in wanted:
-                    if time.monotonic() - began > budget_s:
-                        return False
-                    with tempfile.TemporaryDirectory(dir=home) as images:
-                        folder = folder_of(out, system)
-                        found = measure(client, system, repeat, requests, folder, Path(images))
-                    note(f"{system.name} {repeat}: {ablation_table.line(found)}")
-        finally:
-            modm("down", "--grace-s", "5", environ=environ)
+    with serving() as (client, home):
+        for system, repeat in wanted:
+            if time.monotonic() - began > budget_s:
+                return False
+            with tempfile.TemporaryDirectory(dir=home) as images:
+                found = measure(client, system, repeat, plan, folder_of(out, system), Path(images))
+            note(f"{system.name} {repeat}: {ablation_table.line(found)}")
     return True
 
 
@@ -144,7 +136,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is missing, then write the table."""
     parser = argparse.ArgumentParser(prog="python -m ops.benchmarks.ablation", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of runs and results")
-    parser.add_argument("--requests", type=int, default=REQUESTS, help="of each run")
+    parser.add_argument("--requests", type=int, default=Plan.requests, help="of each run")
+    parser.add_argument(
+        "--arrivals", choices=["burst", "closed"], default="burst",
+        help="closed: two users, no backlog, so that verification is bought",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--systems", default="", help="comma list of names; default all")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="start no run after so many seconds")
@@ -153,9 +149,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     systems = [s for s in SYSTEMS if not names or s.name in names]
     if unknown := names - {s.name for s in SYSTEMS}:
         parser.error(f"no system {sorted(unknown)[0]!r}; there are {', '.join(s.name for s in SYSTEMS)}")
-    for name in [n for n in os.environ if n.startswith("MODM_")]:
-        del os.environ[name]
-    complete = run_missing(given.out, systems, requests=given.requests, repeats=given.repeats, budget_s=given.budget_s)
+    plan = Plan(requests=given.requests, arrivals=given.arrivals)
+    complete = run_missing(given.out, systems, plan, repeats=given.repeats, budget_s=given.budget_s)
     result = ablation_table.gather(given.out, [(s.name, folder_of(given.out, s)) for s in SYSTEMS])
     ablation_table.write(given.out, result)
     print((given.out / "ablation.md").read_text(), end="")

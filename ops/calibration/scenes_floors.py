@@ -62,13 +62,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=work_folder())
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--ladder", type=Path, default=LADDER, help="the file that is read and written")
     given = parser.parse_args()
-    rungs = [FittedRung(r.min_similarity, r.skipped_steps, r.quality, r.pairs) for r in read_ladder()]
+    rungs = [FittedRung(r.min_similarity, r.skipped_steps, r.quality, r.pairs) for r in read_ladder(given.ladder)]
     floors, verification = fit_floors(measure(rungs, given.work, given.processes))
-    ladder = json.loads(LADDER.read_text())
+    ladder = json.loads(given.ladder.read_text())
     ladder["rungs"] = rungs_json(rungs, floors)
     ladder["hold_out"]["verification"] = verification
-    LADDER.write_text(json.dumps(ladder, indent=2) + "\n")
+    given.ladder.write_text(json.dumps(ladder, indent=2) + "\n")
     print(json.dumps(verification, indent=2))
 
 

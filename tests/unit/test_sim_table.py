@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.decisions import routing
 from orchestrator.decisions.ladder import parse
+from orchestrator.decisions.routing import FEATURES
 from orchestrator.simulator.config import SimConfig
 from orchestrator.simulator.experiments import fluid_bound_per_min, sweep, table
 from orchestrator.simulator.run import Load, simulate, vectors
@@ -68,6 +69,20 @@ def test_inflight_comes_near_the_fluid_bound_and_does_not_fall_when_more_is_offe
     served = [report(source, rate, "inflight")["served_per_min"] for rate in (10, 14, 20, 40, BURST)]
     assert served[-1] >= 0.98 * bound
     assert all(later >= 0.99 * earlier for earlier, later in pairwise(served))
+
+
+def test_everything_together_comes_near_the_fluid_bound_and_does_not_fall_when_more_is_offered(
+    source: VectorSimilarities,
+) -> None:
+    everything = {"policy": "modm-plus", "verify_share": 0.05}
+    bound = fluid_bound_per_min(SimConfig(gpus=4, large_s=60.0, small_s=11.0, ladder=LADDER), source)
+    found = [report(source, rate, ",".join(FEATURES), **everything) for rate in (10, 20, 40, BURST)]
+    served = [f["served_per_min"] for f in found]
+    assert served[-1] >= 0.95 * bound
+    assert all(later >= 0.99 * earlier for earlier, later in pairwise(served))
+    assert found[-1]["escalated"] < 0.01 * found[-1]["requests"]["done"]  # nothing is bought under saturation
+    calm = report(source, 4, ",".join(FEATURES), **everything)
+    assert calm["escalated"] > 0.02 * calm["requests"]["done"]
 
 
 def test_sixteen_gpus(source: VectorSimilarities) -> None:
