@@ -186,19 +186,29 @@ return {'ok'}
 """
 )
 
-#: keep newer than (Unix s), keep at most, limit: forget finished requests; returns the ids and URIs forgotten
+#: keep newer than (Unix s), keep at most, limit: forget finished requests; returns the ids and URIs forgotten. What may
+#: not go yet (not admitted, a source in use) is passed over, or a few of those at the front would keep everything.
 TRIM = (
     PRELUDE
     + """
-local ids = redis.call('ZRANGEBYSCORE', P .. 'finished', '-inf', now - tonumber(ARGV[1]), 'LIMIT', 0, ARGV[3])
+local limit = tonumber(ARGV[3])
+local before = now - tonumber(ARGV[1])
 local over = redis.call('ZCARD', P .. 'finished') - tonumber(ARGV[2])
-if #ids == 0 and over > 0 then ids = redis.call('ZRANGE', P .. 'finished', 0, math.min(over, tonumber(ARGV[3])) - 1) end
-local out = {}
-for _, id in ipairs(ids) do
-  if redis.call('ZSCORE', P .. 'unadmitted', id) == false and redis.call('HGET', P .. 'sources', id) == false then
-    out[#out + 1] = {id, redis.call('HGET', key(id), 'completion') or ''}
-    redis.call('DEL', key(id), P .. 'waiters:' .. id)
-    redis.call('ZREM', P .. 'finished', id); redis.call('ZREM', P .. 'failed', id)
+local out, first, seen = {}, 0, 0
+while #out < limit and seen < 20 * limit do
+  local rows = redis.call('ZRANGE', P .. 'finished', first, first + limit - 1, 'WITHSCORES')
+  if #rows == 0 then break end
+  for i = 1, #rows, 2 do
+    local id = rows[i]
+    seen = seen + 1
+    if #out == limit or (tonumber(rows[i + 1]) > before and #out >= over) then return out end
+    if redis.call('ZSCORE', P .. 'unadmitted', id) == false and redis.call('HGET', P .. 'sources', id) == false then
+      out[#out + 1] = {id, redis.call('HGET', key(id), 'completion') or ''}
+      redis.call('DEL', key(id), P .. 'waiters:' .. id)
+      redis.call('ZREM', P .. 'finished', id); redis.call('ZREM', P .. 'failed', id)
+    else
+      first = first + 1
+    end
   end
 end
 return out

@@ -1,4 +1,4 @@
 """`make chaos`: break everything in turn under load, then count. Bounded, and repeatable by seed.
 
-Not covered: a full disk, skewed clocks (times are Redis' own), a cut between two hosts.
+What the machine does not allow (mounting a small disk, making network namespaces) is left out, and the table says so.
 """

@@ -33,11 +33,11 @@ class Tally:
     outages: int = 0
 
 
-def body(number: int, prompt: str, seed: int) -> dict[str, Any]:
-    """The ``number``-th submit: every third has a seed, so that its repeats are answered from the store."""
-    if number % 3:
-        return {"prompt": prompt}
-    return {"prompt": prompt, "seed": random.Random(f"{seed}:{prompt}").randrange(2**31)}
+def body(number: int, prompt: str, seed: int, steps: int | None = None) -> dict[str, Any]:
+    """The ``number``-th submit: every third has a seed and all steps, so that its repeats are answered from the store."""
+    if number % 3 == 0:
+        return {"prompt": prompt, "seed": random.Random(f"{seed}:{prompt}").randrange(2**31)}
+    return {"prompt": prompt} if steps is None else {"prompt": prompt, "num_inference_steps": steps}
 
 
 class Load:
@@ -47,15 +47,14 @@ class Load:
         self,
         url: str,
         prompts: Sequence[str],
-        poison: Sequence[str],
         *,
         users: int,
         enough: Callable[[int], bool],
         seed: int = 0,
-        poison_every: int = 40,
+        steps: int | None = None,
     ) -> None:
-        self.url, self.prompts, self.poison = url, prompts, list(poison)
-        self.users, self.enough, self.seed, self.poison_every = users, enough, seed, poison_every
+        self.url, self.prompts = url, prompts
+        self.users, self.enough, self.seed, self.steps = users, enough, seed, steps
         self.tally = Tally()
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -68,30 +67,35 @@ class Load:
     def stop(self) -> None:
         self._stop.set()
 
-    def _next(self) -> tuple[dict[str, Any], bool] | None:
+    def _next(self) -> dict[str, Any] | None:
         with self._lock:
             number = self.tally.sent
             if self._stop.is_set() or self.enough(number):
                 return None
             self.tally.sent += 1
-            # Poison comes spread over the run, one at a time.
-            if self.poison and number % self.poison_every == self.poison_every // 4:
-                return {"prompt": self.poison.pop()}, True
-            return body(number, self.prompts[number % min(PROMPTS, len(self.prompts))], self.seed), False
+            return body(number, self.prompts[number % min(PROMPTS, len(self.prompts))], self.seed, self.steps)
 
     def _user(self) -> None:
         with Client(self.url, patience_s=30.0) as client:
-            while (work := self._next()) is not None:
-                wanted, bad = work
+            while (wanted := self._next()) is not None:
                 request_id = self._insist(client, wanted)
                 if request_id is None:
                     return
-                with self._lock:
-                    self.tally.accepted.append(request_id)
-                    self.tally.prompts[request_id] = wanted["prompt"]
-                    if bad:
-                        self.tally.poison.add(request_id)
+                self._accepted(request_id, wanted["prompt"])
                 self._await(client, request_id)
+
+    def send_poison(self, prompt: str) -> None:
+        """One request that kills who draws it; not waited for."""
+        with Client(self.url, patience_s=30.0) as client:
+            request_id = self._insist(client, {"prompt": prompt})
+        if request_id is not None:
+            self.tally.poison.add(request_id)
+            self._accepted(request_id, prompt)
+
+    def _accepted(self, request_id: str, prompt: str) -> None:
+        with self._lock:
+            self.tally.accepted.append(request_id)
+            self.tally.prompts[request_id] = prompt
 
     def _insist(self, client: Client, wanted: Mapping[str, Any]) -> str | None:
         key = {"Idempotency-Key": uuid.uuid4().hex}

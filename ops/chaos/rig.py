@@ -16,21 +16,29 @@ import redis
 from modm_tasks.client import Client
 from modm_tasks.errors import ModmError
 from modm_tasks.ledger import Ledger
+from modm_tasks.output import note
 from modm_tasks.queues import TASK_OF_QUEUE
+from modm_tasks.redis_client import guarded
 from modm_tasks.settings import Settings, load_settings
 from ops import processes
+from ops.chaos.disk import SmallDisk
+from ops.chaos.hosts import SecondHost
+from ops.chaos.poison import HOOK
 from ops.processes import Noted
 from ops.redis_server import free_port, ping, plan_redis
 from ops.stack import MODM, TIERS
+from orchestrator.controller.loop import LOCK
+from workers.runtime import STATUS_TTL_S
 
-#: A lease short enough to see recoveries in a bounded run; attempts enough that no innocent request spends them all by
-#: being near many faults; everything of modm-plus on.
+#: A lease short enough to see recoveries in a bounded run; everything of modm-plus on; prompts that kill.
 QUICK = {
     "MODM_WORKER__LEASE_S": "2",
-    "MODM_WORKER__MAX_ATTEMPTS": "6",
     "MODM_CONTROLLER__PERIOD_S": "5",
     "MODM_ROUTING__POLICY": "modm-plus",
+    "MODM_SAFETY_HOOK": HOOK,
 }
+SKEW = str(Path(__file__).with_name("skew"))
+CLOCK = "MODM_TEST_CLOCK_OFFSET_S"
 
 
 def rig_environ(environ: Mapping[str, str]) -> dict[str, str]:
@@ -43,15 +51,19 @@ class Rig:
 
     def __init__(self, home: Path, environ: Mapping[str, str], *, workers: int) -> None:
         self.home, self.stack_id = home, uuid.uuid4().hex
+        self.disk, self.far, self.left_out = _extras(home)
         self.plan = plan_redis(home / "redis", fsync="always")
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         ours = {"MODM_HOME": str(home), "MODM_REDIS_URL": self.plan.url, "MODM_API__PORT": str(port)}
         self.environ = rig_environ(environ) | ours
-        attempts = int(self.environ["MODM_WORKER__MAX_ATTEMPTS"])
+        self.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (SKEW, environ.get("PYTHONPATH"))))
+        #: What single processes are given beside that.
+        self.own: dict[str, dict[str, str]] = {}
+        lease_s = float(self.environ["MODM_WORKER__LEASE_S"])
         base = load_settings(home=home, redis_url=self.plan.url)
         self.settings: Settings = base.model_copy(
-            update={"worker": base.worker.model_copy(update={"max_attempts": attempts})}
+            update={"worker": base.worker.model_copy(update={"lease_s": lease_s})}
         )
         self.ledger = Ledger.from_settings(self.settings)
         self.client = Client(self.url)
@@ -61,10 +73,19 @@ class Rig:
             "orchestrator": (*MODM, "orchestrator"),
             "controller": (*MODM, "controller", "run"),
         } | {f"worker{i}": (*MODM, "worker", "--gpu", str(i), "--share", str(workers)) for i in range(workers)}
+        if self.far is not None:
+            self._move_last_worker(self.far)
         self.running: dict[str, Noted] = {}
         self.restarts = 0
         self._end = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
+
+    def _move_last_worker(self, far: SecondHost) -> None:
+        """To the other host; Redis listens there too."""
+        name = f"worker{self.worker_count - 1}"
+        self.commands["redis"] += ("--bind", "127.0.0.1", far.ours)
+        self.commands[name] = (*far.prefix, *self.commands[name])
+        self.own[name] = {"MODM_REDIS_URL": self.plan.url.replace("127.0.0.1", far.ours)}
 
     def start(self, *, timeout_s: float = 180.0) -> None:
         """Start everything. Raises ModmError where it is not whole in time."""
@@ -88,10 +109,17 @@ class Rig:
         self.ledger.redis.close()
         return left
 
+    def remove(self) -> None:
+        """Give the small disk and the second host back. Images are gone then."""
+        if self.disk is not None:
+            self.disk.remove()
+        if self.far is not None:
+            self.far.remove()
+
     def _launch(self, name: str) -> None:
         log = self.home / "logs" / f"{name}.log"
         self.running[name] = processes.start(
-            name, self.commands[name], environ=self.environ, log=log, stack_id=self.stack_id
+            name, self.commands[name], environ=self.environ | self.own.get(name, {}), log=log, stack_id=self.stack_id
         )
 
     def _supervise(self) -> None:
@@ -114,12 +142,26 @@ class Rig:
             os.kill(noted.pid, signal.SIGKILL)
         self.soon(lambda: not processes.alive(noted), 5.0)
 
+    def skew(self, name: str, offset_s: float) -> None:
+        """A process whose clock is wrong from its next start on, which is now."""
+        self.own[name] = self.own.get(name, {}) | {CLOCK: str(offset_s)}
+        self.kill(name)
+
+    def pids(self) -> dict[str, int]:
+        """Every process of the moment by name, the GPU children too."""
+        found = {name: noted.pid for name, noted in list(self.running.items())}
+        with contextlib.suppress(ModmError):
+            found |= {f"GPU child of {worker}": pid for worker, pid in self.live_workers().items()}
+        return found
+
     def kill_child(self, index: int) -> None:
         """The GPU child of one worker, whose pid it says itself."""
         ready = self.live_workers()
         if ready:
+            pid = ready[sorted(ready)[index % len(ready)]]
             with contextlib.suppress(ProcessLookupError):
-                os.kill(ready[sorted(ready)[index % len(ready)]], signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
+            self.soon(lambda: processes.start_time(pid) is None, 5.0)  # a gigabyte is not given back at once
 
     def drop_connections(self) -> None:
         client = redis.Redis.from_url(self.plan.url)
@@ -130,11 +172,22 @@ class Rig:
     def lose_tokens(self) -> None:
         self.ledger.redis.delete(*TASK_OF_QUEUE)
 
+    def ready(self) -> bool:
+        """The orchestrator takes work."""
+        try:
+            return bool(self.client.get("/readyz")["ready"])
+        except ModmError:
+            return False
+
+    def pause(self, seconds: float) -> None:
+        """Let a fault last."""
+        self._end.wait(seconds)
+
     def whole(self) -> bool:
         """The orchestrator takes work, every process runs, and every worker is ready."""
         try:
             return (
-                bool(self.client.get("/readyz")["ready"])
+                self.ready()
                 and len(self.live_workers()) == self.worker_count
                 and all(processes.alive(p) for p in list(self.running.values()))
             )
@@ -144,6 +197,21 @@ class Rig:
     def live_workers(self) -> dict[str, int]:
         """Child pid of each ready worker that lives: a killed one's word stands in Redis for some seconds more."""
         return {w.worker: w.pid for w in self.ledger.workers() if processes.start_time(w.pid) is not None}
+
+    @guarded
+    def leader(self) -> str | None:
+        """Which controller leads."""
+        name = self.ledger.redis.get(f"{self.ledger.prefix}leader:{LOCK}")
+        return None if name is None else str(name)
+
+    @guarded
+    def said_since(self, since_s: float) -> bool:
+        """Whether every worker has said that it is ready since a time of the Redis clock, told by the life of its word."""
+        ages_ms = [
+            STATUS_TTL_S * 1000 - self.ledger.redis.pttl(f"{self.ledger.prefix}worker:{worker}")
+            for worker in self.live_workers()
+        ]
+        return bool(ages_ms) and max(ages_ms) < (self.ledger.now_s() - since_s) * 1000
 
     def soon(self, condition: Callable[[], object], timeout_s: float) -> float | None:
         """Seconds until ``condition()`` is true; None at the deadline."""
@@ -160,3 +228,21 @@ class Rig:
         if took_s is None:
             raise ModmError(f"waited {timeout_s:g} s for {what}; logs in {self.home / 'logs'}")
         return took_s
+
+
+def _extras(home: Path) -> tuple[SmallDisk | None, SecondHost | None, list[str]]:
+    """The small disk and the second host as far as this machine allows, and a line for each that it does not."""
+    left_out: list[str] = []
+    disk: SmallDisk | None = None
+    far: SecondHost | None = None
+    try:
+        disk = SmallDisk(home / "images")
+    except OSError as error:
+        left_out.append(str(error))
+    try:
+        far = SecondHost()
+    except OSError as error:
+        left_out.append(str(error))
+    for line in left_out:
+        note(line)
+    return disk, far, left_out

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import random
-import signal
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 from modm_tasks.app import make_app
 from modm_tasks.errors import ModmError
+from modm_tasks.messages import FINAL
 from modm_tasks.output import note
 from modm_tasks.queues import TASK_OF_QUEUE
+from ops.chaos.faults import Faults
 from ops.chaos.load import Load
 from ops.chaos.rig import Rig
-from ops.chaos.schedule import plan
+from ops.chaos.schedule import plan, share
 from ops.chaos.verify import Seen, Verdict, gather, idle_workers, judge
+from ops.chaos.watch import Growth, Watch
 
 #: Longest wait for the stack to be whole and for a request to end after a fault. A fault without is "not recovered".
-RECOVERY_S = 120.0
+RECOVERY_S = 240.0
 
 
 @dataclass(kw_only=True)
 class Outcome:
-    """``recovery_s``: of each fault, the seconds until the stack was whole and a request had ended again."""
+    """``recovery_s``: of each fault, the seconds from its end until the stack was whole and a request had ended again.
+    ``grown``: every process that was watched for long enough.
+    """
 
     verdict: Verdict
     recovery_s: Mapping[str, Sequence[float]]
@@ -38,15 +39,14 @@ class Outcome:
     restarts: int
     outages: int
     errors: Sequence[str]
+    grown: Sequence[Growth]
+    left_out: Sequence[str]
     took_s: float
 
 
 @dataclass
 class Chaos:
-    """``requests`` is the least; the load goes on until every fault has been injected or ``limit_s`` is over.
-
-    ``damaged``: id -> when the run broke its image, Unix seconds of the Redis clock.
-    """
+    """``requests`` is the least; the load goes on until every fault has been injected or ``limit_s`` is over."""
 
     rig: Rig
     prompts: Sequence[str]
@@ -55,59 +55,51 @@ class Chaos:
     seed: int
     poison: int = 10
     users: int = 8
+    steps: int | None = None
     limit_s: float = float("inf")
-    kill_poisoned: bool = False
-    damaged: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.rng = random.Random(self.seed)
-        self.faults = plan(self.seed, rounds=self.rounds, requests=self.requests)
         self.began = time.monotonic()
         self.injected = self.duplicates = self.unrecovered = 0
         self.recovery_s: dict[str, list[float]] = defaultdict(list)
-        poison = [f"[[crash]] poison {n}" for n in range(self.poison)]
-        every = max(2, min(40, self.requests // max(1, self.poison)))
         self.load = Load(
-            self.rig.url,
-            self.prompts,
-            poison,
-            users=self.users,
-            enough=self._enough,
-            seed=self.seed,
-            poison_every=every,
+            self.rig.url, self.prompts, users=self.users, enough=self._enough, seed=self.seed, steps=self.steps
         )
+        self.faults = Faults(self.rig, self.load, random.Random(self.seed))
+        self.plan = plan(self.seed, rounds=self.rounds, requests=self.requests, without=self.faults.without())
+        self.watch = Watch(self.rig.pids, time.monotonic)
         self._over = threading.Event()
 
     def _late(self) -> bool:
         return time.monotonic() - self.began > self.limit_s
 
     def _enough(self, sent: int) -> bool:
-        return self._late() or (sent >= self.requests and self.injected == len(self.faults))
+        return self._late() or (sent >= self.requests and self.injected == len(self.plan))
 
     def run(self) -> Outcome:
         load = threading.Thread(target=self.load.run, name="load")
-        helpers = [threading.Thread(target=self._duplicate)]
-        if self.kill_poisoned:
-            helpers.append(threading.Thread(target=self._kill_poisoned))
-        for thread in (load, *helpers):
+        twice = threading.Thread(target=self._duplicate, name="duplicates")
+        self.watch.start()
+        for thread in (load, twice):
             thread.start()
         try:
             self._inject_all()
             self.rig.soon(lambda: not load.is_alive(), 600.0)
             with contextlib.suppress(ModmError):
-                self._unpin()
+                self.faults.unpin()
             ended = self.rig.soon(self.rig.whole, RECOVERY_S) is not None
             ended = self.rig.soon(self._settled, RECOVERY_S) is not None and ended
         finally:
             self.load.stop()
             self._over.set()
-            for thread in (load, *helpers):
+            for thread in (load, twice):
                 thread.join()
+            grown = self.watch.stop()
         if not ended:
             note("the stack is not whole, or requests are open: counted below")
-        return self._outcome()
+        return self._outcome(grown)
 
-    def _outcome(self) -> Outcome:
+    def _outcome(self, grown: Sequence[Growth]) -> Outcome:
         tally = self.load.tally
         idle: list[str] = []
         self.rig.soon(lambda: not idle_workers(self.rig.settings, self.rig.live_workers(), into=idle), 30.0)
@@ -116,7 +108,7 @@ class Chaos:
             seen,
             prompts={i: tally.prompts[i] for i in tally.accepted},
             poison=tally.poison,
-            damaged=self.damaged,
+            damaged=self.faults.damaged,
             max_attempts=self.rig.settings.worker.max_attempts,
         )
         return Outcome(
@@ -124,6 +116,8 @@ class Chaos:
                 update={
                     "idle_workers": self.rig.worker_count - len(self.rig.live_workers()) + len(idle),
                     "unrecovered": self.unrecovered,
+                    "not_injected": len(self.plan) - self.injected,
+                    "growing": sum(not one.flat for one in grown),
                 }
             ),
             recovery_s=dict(self.recovery_s),
@@ -131,6 +125,8 @@ class Chaos:
             restarts=self.rig.restarts,
             outages=tally.outages,
             errors=tally.errors,
+            grown=grown,
+            left_out=self.rig.left_out,
             took_s=time.monotonic() - self.began,
         )
 
@@ -143,86 +139,43 @@ class Chaos:
 
     def _inject_all(self) -> None:
         tally = self.load.tally
-        for due, fault in self.faults:
+        for due, fault in self.plan:
             self.rig.soon(functools.partial(self._ended, due), 300.0)
             if self._late():
-                note(f"time is up after {self.injected} of {len(self.faults)} faults")
+                note(f"time is up after {self.injected} of {len(self.plan)} faults")
                 return
-            began = time.monotonic()
             self._inject(fault)
-            took_s = self.rig.soon(functools.partial(self._recovered, tally.ended), RECOVERY_S)
+            took_s = self.rig.soon(functools.partial(self._recovered, fault, tally.ended), RECOVERY_S)
             if took_s is None:
                 self.unrecovered += 1
                 note(f"not whole {RECOVERY_S:g} s after {fault}")
             else:
-                self.recovery_s[fault].append(time.monotonic() - began)
-                note(f"{self.injected + 1}/{len(self.faults)} {fault}: {took_s:.1f} s; {tally.ended} ended")
+                self.recovery_s[fault].append(took_s)
+                note(f"{self.injected + 1}/{len(self.plan)} {fault}: {took_s:.1f} s; {tally.ended} ended")
             self.injected += 1
+
+    def _inject(self, fault: str) -> None:
+        """Raises nothing: a fault that cannot be injected because another one still lasts is tried until it can."""
+        poison = share(self.poison, self.rounds, self.injected * self.rounds // max(1, len(self.plan)))
+        if self.rig.soon(lambda: self.faults.inject(fault, poison=poison), 60.0) is None:
+            note(f"{fault}: could not be injected")
 
     def _ended(self, due: int) -> bool:
         return self.load.tally.ended >= due or self._late()
 
-    def _recovered(self, before: int) -> bool:
-        return self.load.tally.ended > before and self.rig.whole()
-
-    def _inject(self, fault: str) -> None:
-        """Raises nothing: a fault that cannot be injected because another one still lasts is tried until it can."""
-        self.rig.soon(lambda: self._try(fault), 60.0)
-
-    def _try(self, fault: str) -> bool:
-        rig = self.rig
+    def _recovered(self, fault: str, before: int) -> bool:
         try:
-            if fault == "kill-child":
-                rig.kill_child(self.rng.randrange(rig.worker_count))
-            elif fault == "kill-worker":
-                rig.kill(f"worker{self.rng.randrange(rig.worker_count)}")
-            elif fault.startswith("kill-"):
-                rig.kill(fault.removeprefix("kill-"))
-            elif fault == "drop-connections":
-                rig.drop_connections()
-            elif fault == "lose-tokens":
-                rig.lose_tokens()
-            elif fault == "change-roles":
-                large = self.rng.randrange(1, rig.worker_count + 1)
-                mode = self.rng.choice(["roles", "pooled"])
-                rig.client.put("/v1/control", json={"mode": mode, "allocation": "static", "static_large": large})
-            elif fault == "pin-role":
-                self._pin()
-            else:
-                return self._damage(fault)
-        except (ModmError, OSError) as error:
-            note(f"{fault}: tried again ({error})")
+            return (
+                self.load.tally.ended > before and self.rig.whole() and self.faults.over(fault) and self._poison_ended()
+            )
+        except ModmError:
             return False
-        return True
 
-    def _pin(self) -> None:
-        """One worker only: with all pinned small nobody would draw misses, which is what the operator asked for."""
-        names = sorted(row["worker"] for row in self.rig.client.get("/v1/workers"))
-        chosen = self.rng.choice(names)
-        for name in names:
-            role = self.rng.choice(["large", "small"]) if name == chosen else "auto"
-            self.rig.client.post(f"/v1/workers/{name}/role", json={"role": role})
-
-    def _unpin(self) -> None:
-        for row in self.rig.client.get("/v1/workers"):
-            self.rig.client.post(f"/v1/workers/{row['worker']}/role", json={"role": "auto"})
-
-    def _damage(self, fault: str) -> bool:
-        """Break one of the newest cached images, which the next prompts are likely to find."""
-        found: list[dict[str, Any]] = self.rig.client.get("/v1/cache/entries", limit=50)["entries"]
-        fresh = [e for e in found if e["id"] not in self.damaged]
-        if not fresh:
+    def _poison_ended(self) -> bool:
+        try:
+            return all(r.state in FINAL for r in self.rig.ledger.get_many(list(self.load.tally.poison)))
+        except ModmError:
             return False
-        chosen = self.rng.choice(fresh[:5])
-        path = Path(self.rig.settings.image_root, str(chosen["uri"]))
-        if fault == "delete-source":
-            path.unlink()
-        elif fault == "truncate-source":
-            path.write_bytes(path.read_bytes()[:100])
-        else:
-            path.write_bytes(self.rng.randbytes(4096))
-        self.damaged[str(chosen["id"])] = self.rig.ledger.now_s()
-        return True
 
     def _duplicate(self) -> None:
         """Send the message of every tenth accepted request once more."""
@@ -238,13 +191,3 @@ class Chaos:
                         self.duplicates += 1
                     except Exception as error:  # kombu raises the transport's own errors while Redis is away
                         note(f"duplicate not sent: {type(error).__name__}")
-
-    def _kill_poisoned(self) -> None:
-        """Kill the child that draws a poison prompt, each time, as the fake engine does by itself."""
-        while not self._over.wait(0.05):
-            with contextlib.suppress(ModmError):
-                alive = self.rig.live_workers()
-                for worker in self.rig.ledger.workers():
-                    if worker.busy_with in self.load.tally.poison and worker.worker in alive:
-                        with contextlib.suppress(ProcessLookupError):
-                            os.kill(worker.pid, signal.SIGKILL)

@@ -44,6 +44,8 @@ class Verdict(BaseModel):
     extra_vectors: int
     idle_workers: int
     unrecovered: int = 0
+    not_injected: int = 0
+    growing: int = 0
     orphans: int = 0
 
     @property

@@ -389,6 +389,25 @@ def test_trim_forgets_old_requests_but_not_sources_in_use(ledger: Ledger) -> Non
         ledger.get(old)
 
 
+def test_trim_passes_over_what_must_stay(ledger: Ledger) -> None:
+    """A few old sources in use do not keep everything behind them."""
+    finished = []
+    for _ in range(12):
+        request_id = queued(ledger)
+        ledger.claim("large-gen", "w", lease_s=5)
+        ledger.finish(request_id, 1, completion())
+        ledger.admitted(request_id, None)
+        finished.append(request_id)
+    users = [queued(ledger, decision=hit(source)) for source in finished[:6]]
+    assert [i for i, _ in ledger.trim(keep_s=0, keep=0, limit=2)] == finished[6:8]
+    assert [i for i, _ in ledger.trim(keep_s=86_400, keep=8, limit=2)] == finished[8:10]
+    assert ledger.trim(keep_s=86_400, keep=8, limit=2) == []
+    assert [i for i, _ in ledger.trim(keep_s=0, keep=0)] == finished[10:]
+    for user in users:
+        ledger.cancel(user)
+    assert {i for i, _ in ledger.trim(keep_s=0, keep=0)} == {*finished[:6], *users}
+
+
 def test_cluster_state(ledger: Ledger) -> None:
     status = WorkerStatus(
         worker="gpu0@h", gpu="0", host="h", pid=1, device="cpu", models=("a",), large_model="a", small_model="b",

@@ -9,8 +9,9 @@ import pytest
 from modm_tasks.messages import Completion, Decision, RequestRecord, Route, State, SubmitRequest
 from ops.chaos.load import body
 from ops.chaos.rig import rig_environ
-from ops.chaos.schedule import FAULTS, plan
+from ops.chaos.schedule import FAULTS, plan, share
 from ops.chaos.verify import Seen, Verdict, judge
+from ops.chaos.watch import LEAST_S, WARM_UP_S, Sample, growth, longest
 
 
 def record(number: int, state: State = State.DONE, *, route: Route = Route.LARGE_GEN, **fields: Any) -> RequestRecord:
@@ -45,7 +46,7 @@ def seen(*records: RequestRecord, **changes: Any) -> Seen:
 
 def verdict(what: Seen, *, ids: int = 3, **changes: Any) -> Verdict:
     prompts = {f"id-{i}": f"prompt {i}" for i in range(ids)}
-    fields: dict[str, Any] = {"prompts": prompts, "poison": (), "damaged": {}, "max_attempts": 6}
+    fields: dict[str, Any] = {"prompts": prompts, "poison": (), "damaged": {}, "max_attempts": 3}
     return judge(what, **fields | changes)
 
 
@@ -57,17 +58,21 @@ def test_the_plan_is_a_function_of_the_seed() -> None:
     assert [at for at, _ in first] == sorted(at for at, _ in first)
     assert first[0][0] > 0
     assert first[-1][0] <= 240
+    less = plan(7, rounds=2, requests=240, without={"fill-disk", "cut-hosts"})
+    assert {name for _, name in first} - {name for _, name in less} == {"fill-disk", "cut-hosts"}
+    assert [share(10, 3, i) for i in range(3)] == [4, 3, 3]
 
 
 def test_the_load_is_a_function_of_the_seed() -> None:
     assert body(3, "p", 1) == body(6, "p", 1) != body(3, "p", 2)
     assert body(1, "p", 1) == {"prompt": "p"}
+    assert body(1, "p", 1, 10) == {"prompt": "p", "num_inference_steps": 10}
 
 
 def test_a_callers_settings_win_over_the_runs_but_not_its_home() -> None:
     environ = rig_environ({"MODM_WORKER__LEASE_S": "9", "MODM_HOME": "elsewhere", "PATH": "p"})
     assert environ["MODM_WORKER__LEASE_S"] == "9"
-    assert environ["MODM_WORKER__MAX_ATTEMPTS"] == "6"
+    assert environ["MODM_ROUTING__POLICY"] == "modm-plus"
     assert "MODM_HOME" not in environ
 
 
@@ -78,10 +83,10 @@ def test_a_run_without_faults_is_clean() -> None:
 
 
 def test_poison_that_failed_after_all_attempts_is_clean() -> None:
-    rows = (record(0), record(1), record(2, State.FAILED, attempt=6))
+    rows = (record(0), record(1), record(2, State.FAILED, attempt=3))
     assert verdict(seen(*rows), poison={"id-2"}).clean
     assert verdict(seen(*rows)).missed == {"failed": 1}
-    early = (record(0), record(1), record(2, State.FAILED, attempt=5))
+    early = (record(0), record(1), record(2, State.FAILED, attempt=2))
     assert verdict(seen(*early), poison={"id-2"}).missed == {"poison_wrong": 1}
     assert verdict(seen(*(record(i) for i in range(3))), poison={"id-2"}).missed == {"poison_wrong": 1}
 
@@ -122,3 +127,24 @@ def test_a_stored_repeat_needs_no_vector_but_a_readable_image() -> None:
     assert verdict(seen(*ROWS[:2], repeat)).clean
     assert verdict(unreadable, damaged={"id-0": 50.0}).missed == {"without_image": 1}
     assert verdict(unreadable, damaged={"id-0": 150.0}).clean
+
+
+def life(mib: list[float], descriptors: list[int]) -> list[Sample]:
+    """Samples over a life that is just long enough."""
+    step = (WARM_UP_S + LEAST_S + 5) / (len(mib) - 1)
+    pairs = zip(mib, descriptors, strict=True)
+    return [Sample(at_s=100 + i * step, rss_mib=m, descriptors=d) for i, (m, d) in enumerate(pairs)]
+
+
+def test_growth_is_told_from_noise_and_from_the_warm_up() -> None:
+    flat = growth("worker0", life([10.0] * 20 + [500.0, 510.0] * 20, [5] * 20 + [20] * 40))
+    assert flat is not None
+    assert flat.flat
+    leaking = growth("worker0", life([500.0 + 5 * i for i in range(60)], [20] * 60))
+    assert leaking is not None
+    assert not leaking.flat
+    losing = growth("worker0", life([500.0] * 60, list(range(60))))
+    assert losing is not None
+    assert not losing.flat
+    assert growth("worker0", life([500.0] * 60, [20] * 60)[:30]) is None
+    assert longest([flat, flat.model_copy(update={"watched_s": 500.0})])[0].watched_s == 500.0

@@ -1,0 +1,139 @@
+"""How each fault is injected. One that lasts (a full disk, a cut) is lifted again before ``inject`` returns."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from modm_tasks.errors import ModmError
+from modm_tasks.output import note
+from ops.chaos.load import Load
+from ops.chaos.poison import CRASH
+from ops.chaos.rig import Rig
+
+#: A cut lasts for several leases, so that the work beyond it is given to others meanwhile.
+CUT_LEASES = 3
+#: How long the disk stays full after the front has noticed, so that workers meet it with finished images in their hands.
+FULL_S = 2.0
+DAY_S = 86_400.0
+
+
+class Faults:
+    """``damaged``: id -> when the run broke its image, Unix seconds of the Redis clock."""
+
+    def __init__(self, rig: Rig, load: Load, rng: random.Random) -> None:
+        self.rig, self.load, self.rng = rig, load, rng
+        self.damaged: dict[str, float] = {}
+        self._poisoned = 0
+        self._led_by: str | None = None
+        self._joined_s = 0.0
+
+    def without(self) -> set[str]:
+        """What this machine does not allow."""
+        missing = {"fill-disk": self.rig.disk, "cut-hosts": self.rig.far}
+        return {fault for fault, means in missing.items() if means is None}
+
+    def inject(self, fault: str, *, poison: int) -> bool:
+        """False where it cannot be injected at present, because another one still lasts. ``poison``: prompts of that."""
+        rig = self.rig
+        simple: dict[str, Callable[[], None]] = {
+            "kill-child": lambda: rig.kill_child(self.rng.randrange(rig.worker_count)),
+            "kill-worker": lambda: rig.kill(self._a_worker()),
+            "drop-connections": rig.drop_connections,
+            "lose-tokens": rig.lose_tokens,
+            "change-roles": self._change_roles,
+            "pin-role": self._pin,
+            "skew-clock": self._skew,
+            "fill-disk": self._fill_disk,
+            "cut-hosts": self._cut_hosts,
+            "poison": lambda: self._poison(poison),
+        }
+        try:
+            if fault in simple:
+                simple[fault]()
+            elif fault.startswith("kill-"):
+                self._led_by = rig.leader()
+                rig.kill(fault.removeprefix("kill-"))
+            else:
+                return self._damage(fault)
+        except (ModmError, OSError) as error:
+            note(f"{fault}: tried again ({error})")
+            return False
+        return True
+
+    def over(self, fault: str) -> bool:
+        """Whether what only this fault stops goes on again: another controller leads; beyond the cut they say so."""
+        if fault == "kill-controller":
+            return self.rig.leader() not in (None, self._led_by)
+        if fault == "cut-hosts":
+            return self.rig.said_since(self._joined_s)
+        return True
+
+    def _a_worker(self) -> str:
+        return f"worker{self.rng.randrange(self.rig.worker_count)}"
+
+    def _change_roles(self) -> None:
+        large = self.rng.randrange(1, self.rig.worker_count + 1)
+        mode = self.rng.choice(["roles", "pooled"])
+        self.rig.client.put("/v1/control", json={"mode": mode, "allocation": "static", "static_large": large})
+
+    def _pin(self) -> None:
+        """One worker only: with all pinned small nobody would draw misses, which is what the operator asked for."""
+        names = sorted(row["worker"] for row in self.rig.client.get("/v1/workers"))
+        chosen = self.rng.choice(names)
+        for name in names:
+            role = self.rng.choice(["large", "small"]) if name == chosen else "auto"
+            self.rig.client.post(f"/v1/workers/{name}/role", json={"role": role})
+
+    def unpin(self) -> None:
+        for row in self.rig.client.get("/v1/workers"):
+            self.rig.client.post(f"/v1/workers/{row['worker']}/role", json={"role": "auto"})
+
+    def _skew(self) -> None:
+        name = self.rng.choice(["orchestrator", "controller", self._a_worker()])
+        self.rig.skew(name, self.rng.choice([-1, 1]) * self.rng.uniform(60.0, DAY_S))
+
+    def _fill_disk(self) -> None:
+        """Full until the front refuses work because of it, and some time longer."""
+        assert self.rig.disk is not None
+        try:
+            self.rig.disk.fill()
+            self.rig.wait(lambda: not self.rig.ready(), 30.0, "the front to see a full disk")
+            self.rig.pause(FULL_S)
+        finally:
+            self.rig.disk.empty()
+
+    def _cut_hosts(self) -> None:
+        assert self.rig.far is not None
+        try:
+            self.rig.far.cut()
+            self.rig.pause(CUT_LEASES * self.rig.settings.worker.lease_s)
+        finally:
+            self.rig.far.join()
+            self._joined_s = self.rig.ledger.now_s()
+
+    def _poison(self, count: int) -> None:
+        """Recovered when each has failed: they count as ended requests, and the load waits for their workers."""
+        for _ in range(count):
+            # Unlike one another, or each would wait for the one before.
+            self.load.send_poison(f"{CRASH} {self.load.prompts[-1 - 41 * self._poisoned % len(self.load.prompts)]}")
+            self._poisoned += 1
+
+    def _damage(self, fault: str) -> bool:
+        """Break one of the newest cached images, which the next prompts are likely to find."""
+        found: list[dict[str, Any]] = self.rig.client.get("/v1/cache/entries", limit=50)["entries"]
+        fresh = [e for e in found if e["id"] not in self.damaged]
+        if not fresh:
+            return False
+        chosen = self.rng.choice(fresh[:5])
+        path = Path(self.rig.settings.image_root, str(chosen["uri"]))
+        if fault == "delete-source":
+            path.unlink()
+        elif fault == "truncate-source":
+            path.write_bytes(path.read_bytes()[:100])
+        else:
+            path.write_bytes(self.rng.randbytes(4096))
+        self.damaged[str(chosen["id"])] = self.rig.ledger.now_s()
+        return True
