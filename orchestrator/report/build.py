@@ -88,7 +88,9 @@ def build_report(
         "refined_by": dict(Counter(r.completion.model for r in done if r.completion is not None and _refined(r))),
         "role_moves": len(role_moves),
         "moves": [dict(m) for m in role_moves],
+        "first_arrival_s": min((r.arrival_s for r in records), default=None),
         "similarity": _similarity(routed),
+        "prediction": _prediction(routed),
         "depth": dict(sorted(Counter(str(r.completion.depth) for r in done if r.completion).items())),
         "per_minute": per_minute(records),
         "machine": dict(machine),
@@ -141,6 +143,25 @@ def _clip(done: Sequence[RequestRecord]) -> dict[str, Any]:
 def _similarity(routed: Sequence[RequestRecord]) -> dict[str, float | None]:
     values = [r.decision.similarity for r in routed if r.decision and r.decision.similarity is not None and is_hit(r)]
     return distribution(values)
+
+
+def _prediction(routed: Sequence[RequestRecord]) -> dict[str, Any]:
+    """Of requests that waited on an unfinished source: predicted against true similarity, and how many became hits.
+
+    The true one is of the best image at the end of the wait, which may be another than the one that was waited on.
+    """
+    waited = [r for r in routed if r.decision and r.decision.predicted_similarity is not None]
+    missed = [
+        r.decision.similarity - r.decision.predicted_similarity
+        for r in waited
+        if r.decision and r.decision.similarity is not None and r.decision.predicted_similarity is not None
+    ]
+    return {
+        "waited": len(waited),
+        "became_hits": sum(map(is_hit, waited)),
+        "bias": round(float(np.mean(missed)), 4) if missed else None,
+        "error": round(float(np.sqrt(np.mean(np.square(missed)))), 4) if missed else None,
+    }
 
 
 def per_minute(records: Sequence[RequestRecord], *, bins: int = 60) -> list[dict[str, Any]]:

@@ -69,6 +69,20 @@ def test_figures_by_hand() -> None:
     assert json.loads(json.dumps(made)) == made
 
 
+def test_predictions_of_waiting_requests_are_held_against_what_was_found() -> None:
+    def waited(predicted: float, found: float, source: str | None) -> RequestRecord:
+        one = record(0, 10)
+        decision = one.decision
+        assert decision is not None
+        changes = {"predicted_similarity": predicted, "similarity": found, "source_id": source}
+        return one.model_copy(update={"decision": decision.model_copy(update=changes)})
+
+    records = [*RECORDS, waited(0.8, 0.83, "s"), waited(0.8, 0.79, None)]
+    made = build_report(records, policy="modm", machine={}, settings={})
+    assert made["prediction"] == {"waited": 2, "became_hits": 1, "bias": 0.01, "error": round((0.001 / 2) ** 0.5, 4)}
+    assert report()["prediction"] == {"waited": 0, "became_hits": 0, "bias": None, "error": None}
+
+
 def test_a_run_without_results_still_reports() -> None:
     made = build_report([], policy="modm", machine={}, settings={}, refused=3)
     assert made["served_per_min"] is None
