@@ -32,7 +32,7 @@ def simulate_command(
     concurrency: Annotated[int, Opt(min=1, help="Open requests of closed arrivals.")] = 1,
     arrivals_file: Annotated[Path | None, Opt(help="JSONL with arrival_s, for recorded arrivals.")] = None,
     seed: Annotated[int, Opt(min=0, help="Of every random draw.")] = 42,
-    policy: Annotated[str, Opt(help="modm | modm-plus | large-only | small-only.")] = "modm",
+    policy: Annotated[str, Opt(help="modm | modm-plus | large-only | small-only.")] = "modm-plus",
     features: Annotated[str, Opt("--with", help="modm-plus mechanisms by name: inflight,late-binding,...")] = "",
     workers: Annotated[str, Opt(help="pooled | roles | pooled-roles.")] = "pooled",
     allocation: Annotated[str, Opt(help="static | modm-quality | modm-throughput | slo; moves the roles.")] = "slo",
