@@ -25,8 +25,9 @@ from modm_tasks.client import Client
 from modm_tasks.messages import RequestRecord, Route, State
 from modm_tasks.output import note
 from ops.benchmarks import ablation_table
-from ops.benchmarks.serving import serving
+from ops.benchmarks.serving import WORKERS, serving
 from ops.demo import TRACE
+from ops.scenes.export import LARGE, STEPS
 from orchestrator.decisions.routing import FEATURES
 from orchestrator.report.progress import shown
 from orchestrator.run_trace import RunPlan, run_trace
@@ -111,9 +112,20 @@ def figures(report: dict[str, Any], done: Sequence[RequestRecord], right: np.nda
             "n": sum(escalated),
             "wrong": int(sum(a < 1 for a, is_one in zip(right, escalated, strict=True) if is_one)),
         },
+        "seconds": {"large": _seconds(done, large=True), "small": _seconds(done, large=False)},
         "prompts": [r.request.prompt for r in done],
         "machine": report["machine"],
     }  # fmt: skip
+
+
+def _seconds(done: Sequence[RequestRecord], *, large: bool) -> float | None:
+    """Mean drawing time of a full image of STEPS steps, from those that were drawn by this model; None without any."""
+    drawn = [
+        r.completion.gpu_s * STEPS / r.completion.steps_run
+        for r in done
+        if r.completion is not None and r.completion.steps_run and (r.completion.model == LARGE) == large
+    ]
+    return round(float(np.mean(drawn)), 4) if drawn else None
 
 
 def run_missing(out: Path, systems: Sequence[System], plan: Plan, *, repeats: int, budget_s: float) -> bool:
@@ -151,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"no system {sorted(unknown)[0]!r}; there are {', '.join(s.name for s in SYSTEMS)}")
     plan = Plan(requests=given.requests, arrivals=given.arrivals)
     complete = run_missing(given.out, systems, plan, repeats=given.repeats, budget_s=given.budget_s)
-    result = ablation_table.gather(given.out, [(s.name, folder_of(given.out, s)) for s in SYSTEMS])
+    result = ablation_table.gather([(s.name, folder_of(given.out, s)) for s in SYSTEMS], workers=WORKERS)
     ablation_table.write(given.out, result)
     print((given.out / "ablation.md").read_text(), end="")
     note("all runs are there" if complete else "runs are missing; start the command again to go on")

@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator.decisions.ladder import Ladder, load_ladder
+from vector_store.embedder import bundled_folder
+
 
 def line(run: Mapping[str, Any]) -> str:
     """One run in words."""
@@ -43,7 +46,32 @@ def _row(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def gather(out: Path, folders: Sequence[tuple[str, Path]]) -> dict[str, Any]:
+def fluid_bound_per_min(
+    prompts: Sequence[str], ladder: Ladder, *, large_s: float, small_s: float, workers: int
+) -> float:
+    """Workers over the mean drawing time if every request took the best rung that any earlier one promises (the issue's
+    bound, with similarity by the ladder's prediction). Embedding, queues and storage take nothing in it."""
+    from ops.scenes.embed import embed_texts
+
+    texts, total_s = embed_texts(prompts), 0.0
+    for i in range(len(prompts)):
+        best = float((texts[:i] @ texts[i]).max()) if i else 0.0
+        rung = ladder.lookup(ladder.predict(best))
+        total_s += large_s if rung is None else small_s * (1 - rung.skipped_steps / ladder.num_inference_steps)
+    return 60 * workers * len(prompts) / total_s
+
+
+def _bound(runs: Sequence[Mapping[str, Any]], workers: int) -> float | None:
+    """Of this machine, from the drawing times of all runs; None where one of the models drew nothing."""
+    seconds = {m: [r["seconds"][m] for r in runs if r["seconds"][m] is not None] for m in ("large", "small")}
+    if not all(seconds.values()):
+        return None
+    ladder = load_ladder(bundled_folder("scenes-clip") / "ladder.json")
+    means = {f"{m}_s": fmean(values) for m, values in seconds.items()}
+    return round(fluid_bound_per_min(runs[0]["prompts"], ladder, **means, workers=workers), 1)
+
+
+def gather(folders: Sequence[tuple[str, Path]], *, workers: int) -> dict[str, Any]:
     """All runs that are there. The Fréchet distance is taken over the images of all repeats of a system together."""
     from ops.benchmarks import judge
 
@@ -51,12 +79,14 @@ def gather(out: Path, folders: Sequence[tuple[str, Path]]) -> dict[str, Any]:
     reference: np.ndarray | None = None
     floor = None
     machine: dict[str, Any] = {}
+    every: list[Mapping[str, Any]] = []
     for name, folder in folders:
         files = sorted(folder.glob("*.json"))
         runs = [json.loads(f.read_text()) for f in files]
         if not runs:
             continue
         machine = runs[0]["machine"]
+        every += runs
         if reference is None:
             prompts = sorted({p for r in runs for p in r["prompts"]})
             reference = judge.reference(prompts)
@@ -64,11 +94,14 @@ def gather(out: Path, folders: Sequence[tuple[str, Path]]) -> dict[str, Any]:
         vectors = np.concatenate([np.load(f.with_suffix(".npz"))["vectors"] for f in files])
         rows.append(_row(name, runs) | {"frechet": round(judge.frechet(vectors, reference), 2)})
     base = next((r["served_per_min"]["mean"] for r in rows if r["system"] == "large-only"), None)
+    bound = _bound(every, workers) if every else None
     for row in rows:
+        row["of_bound"] = round(row["served_per_min"]["mean"] / bound, 2) if bound else None
         row["speedup"] = round(row["served_per_min"]["mean"] / base, 2) if base else None
     return {
         "schema_version": 1,
         "machine": machine,
+        "fluid_bound_per_min": bound,
         "frechet_of_renderings": None if floor is None else round(floor, 2),
         "systems": rows,
     }
@@ -76,24 +109,32 @@ def gather(out: Path, folders: Sequence[tuple[str, Path]]) -> dict[str, Any]:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """Mean and standard deviation over the repeats."""
-    lines = [
-        "| system | images per minute | over large-only | hit rate | CLIP score | attribute accuracy | hits all right "
-        "| Fréchet x 1,000 | escalated | latency p50 / p99, s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = (
+        "system", "images per minute", "over large-only", "of the fluid bound", "hit rate", "CLIP score",
+        "attribute accuracy", "hits all right", "Fréchet x 1,000", "escalated", "latency p50 / p99, s",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for r in result["systems"]:
-        speed, hits, clip, right = (r[k] for k in ("served_per_min", "hit_rate", "clip_score", "accuracy"))
-        lines.append(
-            f"| {r['system']} | {speed['mean']:.1f} ± {speed['sd']:.1f} | {r['speedup'] or '-'} | {hits['mean']:.2f} "
-            f"| {clip['mean']:.3f} ± {clip['sd']:.3f} | {right['mean']:.4f} ± {right['sd']:.4f} "
-            f"| {'-' if r['refined_right'] is None else format(r['refined_right'], '.3f')} | {r['frechet']:.1f} "
-            f"| {r['escalated']} | {r['p50_s']:.2f} / {r['p99_s']:.2f} |"
+        speed, clip, right = (r[k] for k in ("served_per_min", "clip_score", "accuracy"))
+        cells = (
+            r["system"],
+            f"{speed['mean']:.1f} ± {speed['sd']:.1f}",
+            r["speedup"] or "-",
+            r["of_bound"] or "-",
+            f"{r['hit_rate']['mean']:.2f}",
+            f"{clip['mean']:.3f} ± {clip['sd']:.3f}",
+            f"{right['mean']:.4f} ± {right['sd']:.4f}",
+            "-" if r["refined_right"] is None else f"{r['refined_right']:.3f}",
+            f"{r['frechet']:.1f}",
+            r["escalated"],
+            f"{r['p50_s']:.2f} / {r['p99_s']:.2f}",
         )
-    repeats = sorted({r["repeats"] for r in result["systems"]})
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    repeats = ", ".join(map(str, sorted({r["repeats"] for r in result["systems"]})))
     lines += [
         "",
-        f"Repeats: {', '.join(map(str, repeats))}. Fréchet distance of other renderings to the reference: "
-        f"{result['frechet_of_renderings']}. Machine: {result['machine'].get('cpu', 'not noted')}.",
+        f"Repeats: {repeats}. Fluid bound: {result['fluid_bound_per_min']} a minute. Fréchet distance of other renderings "
+        f"to the reference: {result['frechet_of_renderings']}. Machine: {result['machine'].get('cpu', 'not noted')}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -12,11 +12,12 @@ import pytest
 from ops.benchmarks import ablation, ablation_table, diversity, generations, judge
 from ops.scenes.captions import parse_caption
 from ops.scenes.render import render
+from orchestrator.decisions.ladder import parse
 from orchestrator.decisions.routing import FEATURES
 
 PROMPTS = [
-    "a large red circle on the left of a plain blue background",
-    "a small green square in the centre, a striped white background",
+    "a large red circle on the left on a plain white background",
+    "a small green square in the centre, a striped gray background",
 ]
 
 
@@ -52,7 +53,8 @@ def run(speed: float, **more: Any) -> dict[str, Any]:
     base: dict[str, Any] = {
         "requests": {"submitted": 40, "done": 40}, "served_per_min": speed, "hit_rate": 0.5, "clip_score": 0.7,
         "accuracy": 0.98, "refined": {"n": 20, "wrong": 1}, "escalated": {"n": 1, "wrong": 0},
-        "latency_s": {"p50": 1.0, "p99": 2.0}, "prompts": PROMPTS, "machine": {"cpu": "c"},
+        "latency_s": {"p50": 1.0, "p99": 2.0}, "seconds": {"large": 1.0, "small": 0.2}, "prompts": PROMPTS,
+        "machine": {"cpu": "c"},
     }  # fmt: skip
     return base | more
 
@@ -67,16 +69,23 @@ def test_runs_are_gathered_into_a_table(tmp_path: Path) -> None:
         for n, speed in enumerate(speeds):
             (folder / f"{n}.json").write_text(json.dumps(run(speed)))
             np.savez_compressed(folder / f"{n}.npz", vectors=rng.normal(size=(40, 128)).astype(np.float32))
-    found = ablation_table.gather(tmp_path, [*folders, ("not run", tmp_path / "not run")])
+    found = ablation_table.gather([*folders, ("not run", tmp_path / "not run")], workers=2)
     large, modm = found["systems"]
     assert (large["served_per_min"], large["repeats"]) == ({"mean": 105.0, "sd": 7.0711}, 2)
     assert (modm["speedup"], modm["refined_right"], modm["lost"]) == (2.0, 0.95, 0)
     assert found["frechet_of_renderings"] < modm["frechet"]
     ablation_table.write(tmp_path, found)
-    assert "| modm | 210.0 ± 0.0 | 2.0 |" in (tmp_path / "ablation.md").read_text()
+    assert found["fluid_bound_per_min"] == 120.0  # the two prompts are unlike: no request has a source
+    assert "| modm | 210.0 ± 0.0 | 2.0 | 1.75 |" in (tmp_path / "ablation.md").read_text()
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
-    lost = ablation_table.gather(tmp_path, [("modm", folders[1][1])])["systems"][0]
+    lost = ablation_table.gather([("modm", folders[1][1])], workers=2)["systems"][0]
     assert lost["speedup"] is None
+
+
+def test_the_fluid_bound_takes_the_best_rung_of_any_earlier_request() -> None:
+    ladder = parse(".99:30")
+    bound = ablation_table.fluid_bound_per_min([PROMPTS[0]] * 4, ladder, large_s=1.0, small_s=0.5, workers=2)
+    assert bound == pytest.approx(60 * 2 * 4 / (1.0 + 3 * 0.5 * 0.4))
 
 
 def test_the_depth_limit_is_where_quality_falls() -> None:
