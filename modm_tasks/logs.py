@@ -1,4 +1,8 @@
-"""Logs: JSON lines for machines, one short line for people. One configuration for every process."""
+"""Logs: JSON lines for machines, one short line for people. One configuration for every process.
+
+No log call has a prompt among its words or fields. The text of an unexpected error may quote what it met, though (a
+validation error repeats its input), so ``MODM_LOG_REDACT`` leaves those texts out.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import json
 import logging
 import sys
 import time
+import traceback
+from typing import Any
 
 from modm_tasks.settings import Settings
 
@@ -16,9 +22,29 @@ FIELDS = (
 )
 
 
-class JsonFormatter(logging.Formatter):
-    def __init__(self, process: str) -> None:
+def one_line(text: str) -> str:
+    """Control characters escaped: nobody writes a log line of his own by putting a line break into a name."""
+    return "".join(c if c >= " " and c != "\x7f" else c.encode("unicode_escape").decode() for c in text)
+
+
+class Formatter(logging.Formatter):
+    """``redact``: exceptions are told by type, file and line, without their texts."""
+
+    def __init__(self, *, redact: bool = False) -> None:
         super().__init__()
+        self.redact = redact
+
+    def formatException(self, ei: Any) -> str:
+        if not self.redact:
+            return super().formatException(ei)
+        kind, _, trace = ei
+        frames = "".join(f"  {f.filename}:{f.lineno} in {f.name}\n" for f in traceback.extract_tb(trace))
+        return f"{frames}{getattr(kind, '__name__', kind)} (text left out)"
+
+
+class JsonFormatter(Formatter):
+    def __init__(self, process: str, *, redact: bool = False) -> None:
+        super().__init__(redact=redact)
         self.process = process
 
     def format(self, record: logging.LogRecord) -> str:
@@ -35,11 +61,11 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-class HumanFormatter(logging.Formatter):
+class HumanFormatter(Formatter):
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         extra = " ".join(f"{f}={v}" for f in FIELDS if (v := getattr(record, f, None)) is not None)
-        text = f"{clock} {record.levelname:<7} {record.name}: {record.getMessage()} {extra}".rstrip()
+        text = one_line(f"{clock} {record.levelname:<7} {record.name}: {record.getMessage()} {extra}".rstrip())
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
@@ -47,7 +73,8 @@ def configure(settings: Settings, process: str) -> None:
     """Send all logs to stderr in the form that the settings ask for (auto: human on a terminal, else JSON)."""
     human = settings.log_format == "human" or (settings.log_format == "auto" and sys.stderr.isatty())
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(HumanFormatter() if human else JsonFormatter(process))
+    redact = settings.log_redact
+    handler.setFormatter(HumanFormatter(redact=redact) if human else JsonFormatter(process, redact=redact))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level)

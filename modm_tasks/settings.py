@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -24,8 +24,17 @@ from modm_tasks.errors import ConfigError
 PositiveS = Annotated[float, Field(gt=0)]
 
 
+def _plain(value: object) -> object:
+    """A NUL in a path is an exception in the depth of whatever opens it, a line break forges a line of a log."""
+    if isinstance(value, str | Path) and any(ord(c) < 32 or ord(c) == 127 for c in str(value)):
+        raise ValueError("must be text without control characters")
+    return value
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    _text = field_validator("*", mode="before")(_plain)
 
 
 class ApiSettings(Section):
@@ -130,6 +139,8 @@ class Settings(BaseSettings):
         env_prefix="MODM_", env_nested_delimiter="__", extra="forbid", frozen=True, toml_file="modm.toml"
     )
 
+    _text = field_validator("*", mode="before")(_plain)
+
     home: Path = Field(Path(".modm"), description="Directory of all state: Redis, vectors, images, logs, reports.")
     redis_url: SecretStr | None = Field(None, description="Redis; default: the one that `modm up` starts.")
     redis_fsync: Literal["everysec", "always"] = Field(
@@ -148,6 +159,9 @@ class Settings(BaseSettings):
     redis_prefix: str = Field("modm:", pattern=r"^[a-zA-Z0-9:_-]*$", description="Prefix of every Redis key of ours.")
     log_format: Literal["auto", "json", "human"] = "auto"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_redact: bool = Field(
+        False, description="Log errors by type and place only: their texts may quote input. Prompts are never logged."
+    )
     safety_hook: str = Field("", description="module:callable called with prompts and images; empty = none.")
     api: ApiSettings = ApiSettings()
     cache: CacheSettings = CacheSettings()

@@ -82,7 +82,7 @@ class KeyFile:
             try:
                 rows = json.loads(self.path.read_text())
                 self._keys = [ApiKey.model_validate(row) for row in rows]
-            except (OSError, ValueError, ValidationError) as error:
+            except (OSError, TypeError, ValueError) as error:  # a ValidationError is a ValueError
                 raise ConfigError(
                     f"key file {self.path}: {str(error).splitlines()[0]}", field="api.keys_file"
                 ) from error

@@ -29,12 +29,18 @@ def make_app(settings: Settings, gate: Gate) -> FastAPI:
 
 
 def folder_routers(service: Service, gate: Gate) -> list[APIRouter]:
-    """Routes that belong to other folders: cache administration, workers and controller. Only administrators write."""
+    """Routes that belong to other folders: cache administration, workers and controller. Only administrators write.
+
+    The cache's routes show prompts and images of all clients, so where clients do not share the cache they are an
+    administrator's altogether.
+    """
     from orchestrator.controller.http import build_router as controller_router
     from vector_store.http import build_router as cache_router
 
     guard: list[Any] = [Depends(gate.by_method(read="read", write="admin"))]
-    cache, controller = APIRouter(dependencies=guard), APIRouter(dependencies=guard)
+    shared = service.settings.cache.scope == "shared"
+    cache = APIRouter(dependencies=guard if shared else [Depends(gate.require("admin"))])
+    controller = APIRouter(dependencies=guard)
     cache.include_router(
         cache_router(
             lambda: service.parts.cache,

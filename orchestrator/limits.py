@@ -1,4 +1,4 @@
-"""What stops admission before it breaks something: rates, a full disk, a full Redis."""
+"""What stops admission before it breaks something: rates, a full disk, a full Redis, a vector store that stands still."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from modm_tasks.errors import UnavailableError
 from modm_tasks.ledger import Ledger
 from modm_tasks.redis_client import short
 from modm_tasks.settings import Settings
@@ -17,6 +18,8 @@ from modm_tasks.settings import Settings
 MIN_FREE_MIB = 256
 MAX_REDIS_SHARE = 0.95
 FRESH_S = 2.0
+#: Routing stands still when the request that has waited longest for it is the same one for so long.
+STILL_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -84,16 +87,44 @@ def redis_problem(ledger: Ledger) -> str | None:
     return None
 
 
+class RoutingWatch:
+    """Whether accepted requests are routed. A slow or absent vector store, or embedder, shows as the same request in
+    front for long; a burst that is worked off does not.
+    """
+
+    def __init__(self, *, still_s: float = STILL_S) -> None:
+        self.still_s = still_s
+        self._front: tuple[str, float] | None = None
+
+    def problem(self, front: str | None, now_s: float) -> str | None:
+        """``front``: the id that has waited longest, if any does. ``now_s`` is monotonic."""
+        if front is None or self._front is None or self._front[0] != front:
+            self._front = None if front is None else (front, now_s)
+            return None
+        still_s = now_s - self._front[1]
+        if still_s < self.still_s:
+            return None
+        return f"routing: nothing was routed for {still_s:.0f} s; the vector store or the embedder is slow or away"
+
+
+def unrouted(ledger: Ledger) -> str | None:
+    """The accepted request that has waited longest for its route."""
+    try:
+        return next(iter(ledger.index("accepted", limit=1)), None)
+    except UnavailableError:
+        return None  # said by `redis_problem`
+
+
 def health_problems(settings: Settings, ledger: Ledger) -> Callable[[], list[str]]:
     """A function that lists what stops admission; looks again every two seconds at most."""
     lock = threading.Lock()
     state: dict[str, object] = {"at": float("-inf"), "problems": []}
-    root = settings.image_root
+    root, routing = settings.image_root, RoutingWatch()
 
     def look() -> list[str]:
         with lock:
             if time.monotonic() - float(str(state["at"])) > FRESH_S:
-                found = [redis_problem(ledger)]
+                found = [redis_problem(ledger), routing.problem(unrouted(ledger), time.monotonic())]
                 if "://" not in root:
                     found.append(disk_problem(Path(root)))
                 state["problems"], state["at"] = [p for p in found if p], time.monotonic()

@@ -1,4 +1,5 @@
 """Mends what died: expired leases, vanished tokens, requests that a dead orchestrator left unrouted, sources that ended.
+At its start it has cache and image store reconciled.
 
 Every move is a compare-and-set in the ledger, so two orchestrators may watch the same one.
 """
@@ -15,6 +16,7 @@ from modm_tasks.ledger import Ledger
 from modm_tasks.messages import State
 from orchestrator.admission import Admission
 from orchestrator.pipeline import Pipeline
+from orchestrator.reconcile import reconcile
 from orchestrator.tokens import Tokens
 from vector_store.cache import ImageCache
 
@@ -43,13 +45,16 @@ class Watchdog:
         self.period_s, self.keep_s, self.keep, self.stale_s = period_s, keep_s, keep, stale_s
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._reconciler = threading.Thread(target=reconcile, args=(cache, ledger), name="reconcile", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+        self._reconciler.start()
 
     def stop(self) -> None:
         self._end.set()
         self._thread.join(timeout=10)
+        self._reconciler.join(timeout=10)
 
     def alive(self) -> bool:
         return self._thread.is_alive()

@@ -139,8 +139,12 @@ def missing_weights(entry: ModelEntry) -> str | None:
         parts = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:
         return f"model {entry.name!r}: {index} is not JSON: {error}"
+    if not isinstance(parts, dict):
+        return f"model {entry.name!r}: {index} is not a JSON object"
     for part, value in parts.items():
-        if not part.startswith("_") and isinstance(value, list) and value[0] and not (entry.folder / part).is_dir():
+        if part.startswith("_") or not isinstance(value, list) or not value or not value[0]:
+            continue
+        if not (entry.folder / part).is_dir():
             return f"model {entry.name!r}: {entry.folder} lacks its {part} folder"
     return None
 
@@ -180,6 +184,8 @@ def _entry(path: Path, name: str, table: Any) -> ModelEntry:
         raise ConfigError(f"{path}: {name!r} must be a table, e.g. [{name}]", field=name)
     values = dict(table)
     if isinstance(folder := values.get("folder"), str):
+        if not folder.isprintable():
+            raise ConfigError(f"{path}: model {name!r}, field 'folder': has control characters", field="folder")
         values["folder"] = (path.parent / folder).resolve()
         values = _card(values["folder"]) | values
     try:
@@ -198,6 +204,8 @@ def _card(folder: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {folder / CARD}: {error}", field="folder") from error
+    if not isinstance(card, dict):
+        raise ConfigError(f"{folder / CARD} is not a JSON object", field="folder")
     keys = {
         "steps",
         "max_steps",

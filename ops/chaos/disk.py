@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import subprocess
 from pathlib import Path
@@ -22,7 +23,7 @@ class SmallDisk:
         command = ["mount", "-t", "tmpfs", "-o", f"size={size_mib}m,mode=0755", "modm-chaos", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise OSError(f"no small disk: {done.stderr.strip()}")
+            raise OSError(done.stderr.strip())
 
     def fill(self) -> None:
         """Until not one more byte fits."""
@@ -39,4 +40,5 @@ class SmallDisk:
 
     def remove(self) -> None:
         """Unmount what is mounted there, if anything."""
-        subprocess.run(["umount", "--lazy", str(self.folder)], capture_output=True, check=False)
+        with contextlib.suppress(OSError):
+            subprocess.run(["umount", "--lazy", str(self.folder)], capture_output=True, check=False)

@@ -238,11 +238,11 @@ def _extras(home: Path) -> tuple[SmallDisk | None, SecondHost | None, list[str]]
     try:
         disk = SmallDisk(home / "images")
     except OSError as error:
-        left_out.append(str(error))
+        left_out.append(f"no small disk: {error}")
     try:
         far = SecondHost()
     except OSError as error:
-        left_out.append(str(error))
+        left_out.append(f"no second host: {error}")
     for line in left_out:
         note(line)
     return disk, far, left_out

@@ -165,6 +165,25 @@ def test_logs_are_json_lines_with_the_fields_of_the_call() -> None:
     assert "broken" in json.loads(JsonFormatter("w").format(failed))["exception"]
 
 
+def test_a_log_line_cannot_be_forged_and_the_texts_of_errors_can_be_left_out() -> None:
+    record = logging.LogRecord(
+        "a", logging.INFO, "f", 1, "no client %s", ("x\n12:00:00 INFO all is well\x1b[2J",), None
+    )
+    for form in (HumanFormatter(), JsonFormatter("w")):
+        assert len(form.format(record).splitlines()) == 1
+        assert "\x1b" not in form.format(record)
+    try:
+        SubmitRequest.model_validate({"prompt": ["my secret wish"]})
+    except ValidationError:
+        failed = logging.LogRecord("a", logging.ERROR, "f", 1, "x", (), sys.exc_info())
+    assert "secret" in HumanFormatter().format(failed)  # which is why it can be left out
+    for form in (HumanFormatter(redact=True), JsonFormatter("w", redact=True)):
+        told = form.format(failed)
+        assert "secret" not in told
+        assert "ValidationError" in told
+        assert "test_foundations.py" in told
+
+
 # --- keys and limits ----------------------------------------------------------------------------------------------
 
 
@@ -185,9 +204,10 @@ def test_keys_are_hashed_found_and_revoked(tmp_path: Path) -> None:
     assert gate.caller(None).admin  # no keys in use any more
     with pytest.raises(NotFoundError):
         file.revoke("ann")
-    (tmp_path / "keys.json").write_text("{")
-    with pytest.raises(ConfigError, match="key file"):
-        file.load()
+    for broken in ("{", "3", "[3]", '[{"client": "a"}]'):
+        (tmp_path / "keys.json").write_text(broken)
+        with pytest.raises(ConfigError, match="key file"):
+            file.load()
 
 
 def test_listening_beyond_loopback_needs_keys(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""At the start of an orchestrator: vectors and image files agree again, whatever happened to either meanwhile.
+
+The work of ``modm cache verify --repair``, on a thread of its own, so that serving does not wait for a walk over the
+cache. It does not decode images (``--deep`` does): an unreadable source is found when a worker reads it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from modm_tasks.errors import ModmError
+from modm_tasks.ledger import Ledger
+
+if TYPE_CHECKING:
+    from vector_store.admin import VerifyReport
+    from vector_store.cache import ImageCache
+
+log = logging.getLogger(__name__)
+
+#: With a larger share of files gone than this, the image store is taken to be away (not mounted, wrong address), and
+#: nothing is deleted: an operator decides.
+MOST_GONE = 0.2
+#: So few may be gone whatever their share.
+FEW = 10
+
+
+def is_safe(report: VerifyReport) -> bool:
+    """Whether what a look without repair found may be mended unasked."""
+    gone = len(report.vectors_without_file)
+    return not report.wrong_dimension and gone <= max(FEW, MOST_GONE * report.checked)
+
+
+def reconcile(cache: ImageCache, ledger: Ledger) -> VerifyReport | None:
+    """Look, and mend where that is safe. Returns what was mended or found; None where a part of it is away."""
+    from vector_store.admin import verify
+
+    try:
+        report = verify(cache, now_s=ledger.now_s(), referenced=ledger.known)
+        if report.clean:
+            return report
+        if not is_safe(report):
+            log.error(
+                "cache: %d of %d images have no file, %d collections have another dimension; nothing is repaired by "
+                "itself: is the image store there? (`modm cache verify` says more)",
+                len(report.vectors_without_file), report.checked, len(report.wrong_dimension),
+            )  # fmt: skip
+            return report
+        report = verify(cache, repair=True, now_s=ledger.now_s(), referenced=ledger.known)
+    except ModmError as error:
+        log.warning("cache not reconciled at start: %s", error)
+        return None
+    log.warning("cache reconciled at start: %d images, %d repairs", report.checked, report.repaired)
+    return report
