@@ -37,6 +37,7 @@ def make_app(settings: Settings) -> Celery:
         task_queues=[queues.queue(queues.LARGE_GEN), queues.queue(queues.SMALL_REFINE)],
         task_default_queue=queues.LARGE_GEN,
         task_create_missing_queues=False,
+        worker_direct=True,  # a queue of each worker's own, for `prepare_role`
         task_routes={task: {"queue": queue} for queue, task in queues.TASK_OF_QUEUE.items()},
         task_serializer="json",
         result_serializer="json",

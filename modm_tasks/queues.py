@@ -15,6 +15,9 @@ COMPLETIONS = "modm-completions"
 
 TASK_OF_QUEUE = {LARGE_GEN: "modm.large_gen", SMALL_REFINE: "modm.small_refine"}
 
+#: Sent to a worker's own direct queue: bring the model of a role onto the device before the role's work comes.
+PREPARE = "modm.prepare_role"
+
 Role = Literal["large", "small"]
 Mode = Literal["roles", "pooled"]
 

@@ -85,6 +85,7 @@ class WorkerSettings(Section):
     engine: Literal["diffusers", "fake"] = Field("diffusers", description="fake is the shipped test double.")
     fake_large_s: float = Field(0.2, ge=0, description="Seconds of a fake 50-step large image.")
     fake_small_s: float = Field(0.04, ge=0, description="Seconds of a fake 50-step small image.")
+    fake_swap_s: float = Field(0.0, ge=0, description="Above 0: one fake model fits at a time, loaded in this time.")
     device: str = Field("auto", description="auto | cpu | cuda | mps.")
     threads: int = Field(0, ge=0, description="CPU threads of one worker; 0 = cores divided by workers.")
     lease_s: PositiveS = Field(15.0, description="Life of a claim without renewal.")
@@ -130,6 +131,7 @@ class SloSettings(Section):
     degrade: bool = Field(False, description="Lower quality within the floors before refusing.")
     floor_threshold_rungs: int = Field(1, ge=0, description="How many rungs the hit threshold may fall.")
     floor_steps: int = Field(30, ge=1, le=1000, description="Fewest steps of a large image under degradation.")
+    fallback_small_model: str = Field("", description="Faster small model for the last step of degradation; empty = none.")
 
 
 class Settings(BaseSettings):

@@ -156,7 +156,8 @@ def profile_stack(settings: Settings, it: Experiment, rows: Sequence[TraceRow]) 
         fields = {"namespace": namespace, "policy": it.policy} | ({"features": it.features} if it.features else {})
         workers = sum(row["ready"] for row in client.get("/v1/workers"))
         found = stack_profile.measure(target, rows, fields=fields, workers=workers)
+    machine = describe()
     return found | {
-        "device": describe()["cpu"],
+        "device": f"{machine['cores']}-core {machine['cpu']}, {', '.join(machine['gpu']) or 'no GPU'}",
         "how": f"Measured on the running stack with {workers} workers; seconds.",
     }

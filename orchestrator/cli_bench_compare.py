@@ -49,6 +49,45 @@ def sweep(
 
 @bench_app.command()
 @handle_errors
+def policies(
+    embeddings: Annotated[Path, Opt(help="Vectors (.npy or .npz).")],
+    ladder: Ladder = ".95:30,.90:25,.85:15,.80:10,.75:5",
+    warm_cache: Annotated[int, Opt(min=0, help="Rows in the cache at first.")] = 1000,
+    seeds: Annotated[int, Opt(min=1, help="Runs of each cell, with seeds 42, 43, ...")] = 5,
+    report: Annotated[Path | None, Opt(help="Folder of policies.md and a CSV for each cluster.")] = None,
+) -> None:
+    """All tables of docs/policies.md that compare allocations: 4 x A40 and 16 x MI210, with SDXL and with SANA, simulated.
+
+    Exit status 4 where `slo` breaks more SLOs than a published policy, or more than half as many where that exceeds 10 %.
+    """
+    from dataclasses import asdict
+
+    from modm_tasks.errors import GateError
+    from orchestrator.simulator.experiments import CLUSTERS, missed_bars, table
+    from orchestrator.simulator.experiments import sweep as run_sweep
+    from orchestrator.simulator.files import write_csv
+
+    text, missed = "", []
+    for cluster in CLUSTERS:
+        config, source = simulated(
+            embeddings=embeddings, ladder=ladder, warm=warm_cache, profile=cluster.profile, large="sd3.5-large",
+            small=cluster.small, gpus=cluster.gpus, admit=True,
+        )  # fmt: skip
+        note(cluster.name)
+        cells = run_sweep(config, source, rates=cluster.rates, seeds=[42 + i for i in range(seeds)], progress=note)
+        text += f"{cluster.name}\n\n{table(cells)}\n\n"
+        missed += [f"{cluster.name}: {bar}" for bar in missed_bars(cells)]
+        if report is not None:
+            report.mkdir(parents=True, exist_ok=True)
+            write_csv(report / f"{cluster.profile}-{cluster.small}.csv", [asdict(c) for c in cells])
+            (report / "policies.md").write_text(text, encoding="utf-8")
+    typer.echo(text.rstrip())
+    if missed:
+        raise GateError("; ".join(missed))
+
+
+@bench_app.command()
+@handle_errors
 def validate(
     trace: Annotated[Path | None, Opt(help="Trace for the running stack.")] = None,
     run: Annotated[

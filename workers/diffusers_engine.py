@@ -77,6 +77,9 @@ class DiffusersEngine:
     def refine(self, params: RefineParams) -> Drawn:
         return self._run(params, start_share=(params.skipped_steps, params.total_steps), source=params.source)
 
+    def prepare(self, model: str) -> float:
+        return self._ensure(self._entry(model))[1]
+
     def resident(self) -> tuple[str, ...]:
         return self._residency.resident()
 

@@ -72,6 +72,9 @@ class Engine(Protocol):
     def refine(self, params: RefineParams) -> Drawn:
         """Draw from text and image."""
 
+    def prepare(self, model: str) -> float:
+        """Make the model resident, whatever has to leave for it. Returns the seconds that took."""
+
     def resident(self) -> tuple[str, ...]:
         """Names of the models on the device now, the most recently used last."""
 

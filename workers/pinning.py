@@ -48,5 +48,6 @@ def thread_count(settings: Settings, *, share: int = 1) -> int:
 
 
 def served_models(settings: Settings) -> tuple[str, ...]:
-    """The large and the small model, once each; the small one last, so that it is the more recently used."""
-    return tuple(dict.fromkeys((settings.large_model, settings.small_model)))
+    """Large, fallback and small model, once each; the small one last, so that it is the most recently used."""
+    names = (settings.large_model, settings.slo.fallback_small_model, settings.small_model)
+    return tuple(dict.fromkeys(name for name in names if name))

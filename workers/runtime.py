@@ -107,6 +107,10 @@ class Runtime:
         """Show at the next beat which request is being drawn."""
         self.busy_with = request_id
 
+    def say_soon(self) -> None:
+        """Publish the status now rather than at the next beat: another model is resident."""
+        self._changed.set()
+
     def set_unwell(self, reason: str | None) -> None:
         """Tell the controller, now, that this worker should get no work (or may again)."""
         self.unwell = reason

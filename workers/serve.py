@@ -43,17 +43,24 @@ UNWELL = "unwell"
 TO_LARGE, AGAIN = "sent to the large model", "queued again"
 
 
-def model_for(record: RequestRecord, settings: Settings, *, role: str | None, mode: str) -> str:
+def model_for(record: RequestRecord, settings: Settings, *, role: str | None, mode: str, degradation: int = 0) -> str:
     """Which model draws this request.
 
     A miss goes to the large model, a hit to the small one, but for a large worker under published roles, which refines
     spare hits with the large model (paper section 4.2). Pooled workers refine with the small model everywhere.
+
+    ``degradation``: steps of quality given up. After the rungs of the hit threshold and the steps of large images comes the
+    faster small model, where one is set; the order is that of `orchestrator.decisions.allocation.overload.levels`.
     """
     decision = record.decision
     if decision is None or decision.route is not Route.SMALL_REFINE:
         return settings.large_model
     refines = decision.source_uri is not None
-    return settings.large_model if refines and mode == "roles" and role == "large" else settings.small_model
+    if refines and mode == "roles" and role == "large":
+        return settings.large_model
+    before = settings.slo.floor_threshold_rungs + (settings.slo.floor_steps < settings.num_inference_steps)
+    faster = settings.slo.fallback_small_model if degradation > before else ""
+    return faster or settings.small_model
 
 
 def serve_one(runtime: Runtime, queue: str) -> dict[str, Any]:
@@ -112,6 +119,8 @@ def _attempt(runtime: Runtime, record: RequestRecord, lease: Lease, written: lis
 
     ledger, control = runtime.ledger, runtime.control()
     drawn = _draw_with_room(runtime, record, control, lease)
+    if drawn.load_s > 0:
+        runtime.say_soon()
     lease.check()
     if (
         runtime.safety_hook is not None
@@ -179,7 +188,8 @@ def _draw_with_room(runtime: Runtime, record: RequestRecord, control: Control, l
 def _draw(runtime: Runtime, record: RequestRecord, control: Control, lease: Lease) -> Drawn:
     settings, request, decision = runtime.settings, record.request, record.decision
     mode = control.mode or settings.worker.mode
-    model = model_for(record, settings, role=runtime.role() if mode == "roles" else None, mode=mode)
+    role = runtime.role() if mode == "roles" else None
+    model = model_for(record, settings, role=role, mode=mode, degradation=control.degradation)
     size = parse_size(request.size) if request.size else None
     common: dict[str, Any] = {
         "model": model,

@@ -28,7 +28,7 @@ from modm_tasks import logs
 from modm_tasks.app import app
 from modm_tasks.completions import announce
 from modm_tasks.errors import ModmError
-from modm_tasks.queues import LARGE_GEN, SMALL_REFINE, TASK_OF_QUEUE
+from modm_tasks.queues import LARGE_GEN, PREPARE, SMALL_REFINE, TASK_OF_QUEUE
 from modm_tasks.settings import Settings, get_settings
 from workers.pinning import gpu_of, pinned, thread_count
 
@@ -53,6 +53,23 @@ def large_gen(request_id: str = "", *numbers: float) -> dict[str, Any]:
 def small_refine(request_id: str = "", *numbers: float) -> dict[str, Any]:
     """Serve the best ready request of ``small-refine``."""
     return _serve(SMALL_REFINE)
+
+
+@app.task(name=PREPARE)  # type: ignore[untyped-decorator]
+def prepare_role(role: str) -> dict[str, Any]:
+    """Load the model of a role that this worker is about to have. Comes by its direct queue, which is polled last."""
+    if _runtime is None:
+        raise Reject("this worker is not ready", requeue=True)
+    model = _runtime.settings.large_model if role == "large" else _runtime.settings.small_model
+    try:
+        load_s = _runtime.engine.prepare(model)
+    except ModmError as error:
+        # The controller moves the worker after a while all the same, and the first task meets what is wrong.
+        log.error("cannot prepare for role %s: %s", role, error)
+        return {"model": model, "error": str(error)}
+    _runtime.publish()
+    log.info("prepared for role %s: %s in %.2f s", role, model, load_s)
+    return {"model": model, "load_s": load_s}
 
 
 def _serve(queue: str) -> dict[str, Any]:

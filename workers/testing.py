@@ -52,11 +52,13 @@ class FakeEngine:
 
     def __init__(self, settings: Settings | None = None) -> None:
         self._settings = settings or get_settings()
+        self._known: list[str] = []
         self._resident: list[str] = []
         self._clock = threading.Event()  # never set: waiting on it is an interruptible sleep
 
     def load(self, models: Sequence[str]) -> None:
-        self._resident = list(dict.fromkeys([*self._resident, *models]))
+        self._known = list(dict.fromkeys([*self._known, *models]))
+        self._resident = self._known[-1:] if self._settings.worker.fake_swap_s else self._known
 
     def generate(self, params: GenerateParams) -> Drawn:
         return self._run(params, 0)
@@ -64,11 +66,20 @@ class FakeEngine:
     def refine(self, params: RefineParams) -> Drawn:
         return self._run(params, start_step(params.skipped_steps, params.total_steps, self._steps(params)))
 
+    def prepare(self, model: str) -> float:
+        self._check(model)
+        if model in self._resident:
+            return 0.0
+        began = time.perf_counter()
+        self._clock.wait(self._settings.worker.fake_swap_s)
+        self._resident = [model]
+        return time.perf_counter() - began
+
     def resident(self) -> tuple[str, ...]:
         return tuple(self._resident)
 
     def swap_s(self) -> dict[str, float]:
-        return dict.fromkeys(self._resident, 0.0)
+        return dict.fromkeys(self._known, self._settings.worker.fake_swap_s)
 
     def free(self) -> None:
         """Nothing to free."""
@@ -80,11 +91,11 @@ class FakeEngine:
         return params.num_inference_steps or self._settings.num_inference_steps
 
     def _check(self, model: str) -> None:
-        if model not in self._resident:
-            raise EngineError(f"model {model!r} is not loaded; loaded: {', '.join(self._resident) or 'none'}")
+        if model not in self._known:
+            raise EngineError(f"model {model!r} is not loaded; loaded: {', '.join(self._known) or 'none'}")
 
     def _run(self, params: GenerateParams, start: int) -> Drawn:
-        self._check(params.model)
+        load_s = self.prepare(params.model)
         if FAIL in params.prompt:
             raise EngineError(f"the prompt contains {FAIL}")
         worker = self._settings.worker
@@ -98,4 +109,5 @@ class FakeEngine:
             if CRASH in params.prompt:
                 os.kill(os.getpid(), signal.SIGKILL)
             params.on_step(done, run)
-        return Drawn(image=picture(params), model=params.model, steps_run=run, gpu_s=time.perf_counter() - began)
+        gpu_s = time.perf_counter() - began
+        return Drawn(image=picture(params), model=params.model, steps_run=run, gpu_s=gpu_s, load_s=load_s)

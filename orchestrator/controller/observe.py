@@ -17,6 +17,7 @@ from orchestrator.controller import roles
 from orchestrator.controller.rules import Rules
 from orchestrator.decisions.snapshot import ClusterSnapshot
 from orchestrator.device_profiles import LOCAL_FILE, load_profile
+from orchestrator.model_names import canonical
 
 #: So many waiting requests of a queue are looked at one by one; the rest count as the average of these.
 SAMPLE = 300
@@ -135,7 +136,20 @@ def snapshot_of(
         degrade=settings.slo.degrade,
         floor_threshold_rungs=settings.slo.floor_threshold_rungs,
         floor_steps=settings.slo.floor_steps,
+        faster_small_s=faster_small_s(readings, settings),
     )
+
+
+def faster_small_s(readings: Readings, settings: Settings) -> float | None:
+    """Seconds of a full image of the fallback small model: learned, else profiled. None = not set, or not known yet."""
+    name = settings.slo.fallback_small_model
+    if not name:
+        return None
+    for table in (readings.step_s, readings.prior_step_s):
+        for known in (name, canonical(name, settings)):
+            if table.get(known, 0.0) > 0:
+                return float(table[known]) * settings.num_inference_steps
+    return None
 
 
 def model_step_s(readings: Readings, settings: Settings) -> tuple[float, float]:

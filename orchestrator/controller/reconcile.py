@@ -23,6 +23,7 @@ from modm_tasks.messages import WorkerStatus
 from modm_tasks.queues import Mode
 from orchestrator.controller import roles
 from orchestrator.controller.plan import Step, plan, role_queues, target_queues
+from orchestrator.controller.preload import Preload
 from orchestrator.controller.remote import RemoteControl
 from orchestrator.controller.roles import Applied, Decided
 
@@ -58,6 +59,7 @@ class Reconciler:
         self.ledger, self.remote = ledger, remote
         self.verify_s = verify_s
         self.still_leading = still_leading
+        self.preload = Preload(remote)
         self._unwell_since: dict[str, float] = {}
         self._silent: set[str] = set()
 
@@ -68,13 +70,14 @@ class Reconciler:
         """
         here = [w for w in workers if w.worker in desired]
         out = Round(checked=len(here))
-        targets = self._targets(here, desired, mode)
+        before, decided = roles.applied(self.ledger), roles.decided(self.ledger)
+        loading = self.preload.loading(here, desired, before)
+        targets = self._targets(here, desired, mode) | dict.fromkeys(loading, ())
         actual = {w: role_queues(q) for w, q in self.remote.active_queues(targets).items()}
         out.silent = sorted(set(targets) - set(actual))
         if set(out.silent) - self._silent:
             log.warning("no answer from %s", ", ".join(out.silent))
         self._silent = set(out.silent)
-        before, decided = roles.applied(self.ledger), roles.decided(self.ledger)
         plans = {w: plan(queues, targets[w]) for w, queues in actual.items()}
         busy = {w.worker for w in here if w.busy_with}
         for group in (busy, {w.worker for w in here} - busy):
@@ -84,8 +87,10 @@ class Reconciler:
         out.queues = actual
         for worker, queues in actual.items():
             if queues == targets[worker]:
+                if worker in loading:
+                    self.preload.ask(worker, desired[worker])
                 if not queues and not desired[worker].drained:
-                    continue  # unwell: it has lost its queues, not its role
+                    continue  # unwell, or loading a model: it has lost its queues, not its role
                 self._settled(worker, desired[worker], mode, bool(plans[worker]), before, decided, out)
             else:
                 out.failed.append(worker)

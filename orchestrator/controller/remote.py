@@ -12,11 +12,13 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from celery import Celery
+from celery.utils.nodenames import worker_direct
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
 from modm_tasks.app import make_app
 from modm_tasks.errors import UnavailableError
+from modm_tasks.queues import PREPARE, Role
 from modm_tasks.redis_client import short
 from modm_tasks.settings import Settings
 
@@ -53,6 +55,10 @@ class RemoteControl:
         """``add`` or ``cancel`` a queue; returns who acknowledged (not: who has done it)."""
         replies = self._call(f"{action}_consumer", workers, {"queue": queue})
         return {w for w, reply in replies.items() if isinstance(reply, Mapping) and "ok" in reply}
+
+    def prepare(self, worker: str, role: Role) -> None:
+        """Ask a worker, by its own queue, to load the model of a role. Raises UnavailableError."""
+        self._retry(lambda: self.app.send_task(PREPARE, args=[role], queue=worker_direct(worker)))
 
     def close(self) -> None:
         self.app.close()

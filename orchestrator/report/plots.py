@@ -119,7 +119,7 @@ def role_timeline(report: Report) -> bytes | None:
     moves = sorted(report.get("moves", ()), key=lambda m: m["at_s"])
     if not moves:
         return None
-    start = moves[0]["at_s"]
+    start = min(moves[0]["at_s"], report.get("first_arrival_s") or moves[0]["at_s"])
     end = max(moves[-1]["at_s"] - start, report["per_minute"][-1]["at_s"] if report["per_minute"] else 0.0) + 1.0
     workers = sorted({m["worker"] for m in moves})
     colour = {"large": COLOURS[0], "small": COLOURS[1]}
@@ -133,7 +133,7 @@ def role_timeline(report: Report) -> bytes | None:
                 if role in colour:
                     axes.barh(row, high - low, left=low, color=colour[role], height=0.6)
         axes.set_yticks(range(len(workers)), [w.split("@")[0] for w in workers])
-        axes.set(xlabel="seconds since the first move")
+        axes.set(xlabel="seconds since the first arrival (workers that moved)")
         axes.grid(visible=False)
         axes.legend(
             handles=[_patch(c, r) for r, c in colour.items()], frameon=False, ncols=2, loc="lower center",

@@ -41,6 +41,28 @@ SYSTEMS = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """One table of docs/policies.md. ``rates`` per minute, as in the paper's sweeps (B5)."""
+
+    name: str
+    profile: str
+    gpus: int
+    small: str
+    rates: tuple[float, ...]
+
+
+A40, MI210 = (4.0, 6.0, 8.0, 10.0), (6.0, 10.0, 14.0, 18.0, 22.0, 26.0)
+CLUSTERS = (
+    Cluster(name="4 x A40, SD3.5-L and SDXL", profile="a40", gpus=4, small="sdxl", rates=A40),
+    Cluster(name="4 x A40, SD3.5-L and SANA", profile="a40", gpus=4, small="sana", rates=A40),
+    Cluster(name="16 x MI210, SD3.5-L and SDXL", profile="mi210", gpus=16, small="sdxl", rates=MI210),
+    Cluster(name="16 x MI210, SD3.5-L and SANA", profile="mi210", gpus=16, small="sana", rates=MI210),
+)
+#: At most this share of a published policy's violations is allowed to `slo` where those exceed the other share.
+HALF, EXCEEDS = 0.5, 0.10
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cell:
     """Means over seeds of one system at one rate. Fractions of the offered requests; rates per minute."""
 
@@ -96,6 +118,18 @@ def _cell(name: str, rate: float, found: Sequence[dict[str, Any]]) -> Cell:
         role_moves=mean(lambda r: r["role_moves"]),
         degraded=mean(lambda r: r["degraded_time"]),
     )
+
+
+def missed_bars(cells: Sequence[Cell], *, ours: str = "slo") -> list[str]:
+    """Where `slo` has more 2x violations than a published policy, or more than half of those that exceed 10 %."""
+    missed = []
+    for rate in dict.fromkeys(c.rate_per_min for c in cells):
+        found = {c.system: c.violations_2x for c in cells if c.rate_per_min == rate}
+        for name in ("modm-quality", "modm-throughput"):
+            allowed = found[name] * (HALF if found[name] > EXCEEDS else 1.0)
+            if found[ours] > allowed:
+                missed.append(f"{rate:g}/min: {ours} {found[ours]:.1%}, {name} {found[name]:.1%}")
+    return missed
 
 
 def table(cells: Iterable[Cell]) -> str:

@@ -22,7 +22,6 @@ from orchestrator.simulator.similarity import (
 )
 from orchestrator.traces import arrivals
 
-
 #: Times of a profile that are no drawing.
 BESIDE = ("overhead_s", "front_s", "claim_s", "gap_s", "alone_share")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from modm_tasks.errors import InvalidInputError, NotFoundError
 from orchestrator.cli_bench_compare import bench_app
 from orchestrator.cli_simulate import simulate_command
 from orchestrator.device_profiles import FOLDER, load_profile
+from orchestrator.simulator.experiments import Cell, missed_bars
 
 app = typer.Typer()
 app.command("simulate")(simulate_command)
@@ -116,6 +118,21 @@ def test_sweep_and_ablation_print_tables(embeddings: Path, tmp_path: Path) -> No
     code, out, _ = call("bench", "ablation", *common)
     assert code == 0
     assert "modm + inflight" in out
+
+
+def test_the_bars_of_the_policies_by_hand() -> None:
+    def cell(system: str, violations_2x: float, rate: float) -> Cell:
+        zero = dict.fromkeys((f.name for f in fields(Cell)), 0.0)
+        return Cell(**zero | {"system": system, "rate_per_min": rate, "violations_2x": violations_2x})  # type: ignore[arg-type]
+
+    def cells(quality: float, throughput: float, ours: float, rate: float = 4.0) -> list[Cell]:
+        found = {"modm-quality": quality, "modm-throughput": throughput, "slo": ours}
+        return [cell(name, value, rate) for name, value in found.items()]
+
+    assert missed_bars(cells(0.08, 0.10, 0.08)) == []  # up to 10 % none is to be halved
+    assert missed_bars(cells(0.20, 0.12, 0.06)) == []
+    assert missed_bars(cells(0.20, 0.12, 0.07)) == ["4/min: slo 7.0%, modm-throughput 12.0%"]
+    assert len(missed_bars(cells(0.0, 0.0, 0.001) + cells(0.5, 0.5, 0.3, rate=6.0))) == 4
 
 
 def test_every_profile_figure_has_a_source(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from PIL import Image
 from modm_tasks.cluster import Control
 from modm_tasks.errors import EngineError
 from modm_tasks.messages import Decision, RequestRecord, Route, State, SubmitRequest, new_request_id
-from modm_tasks.settings import Settings, WorkerSettings
+from modm_tasks.settings import Settings, SloSettings, WorkerSettings
 from modm_tasks.verification import NO_FLOOR
+from orchestrator.decisions.allocation import overload
 from workers.engine import GenerateParams, RefineParams, start_step
 from workers.pinning import gpu_of, pinned, served_models, thread_count
 from workers.serve import model_for
@@ -44,6 +45,18 @@ def record(decision: Decision) -> RequestRecord:
 )
 def test_which_model_draws(decision: Decision, role: str | None, mode: str, model: str) -> None:
     assert model_for(record(decision), SETTINGS, role=role, mode=mode) == model
+
+
+@pytest.mark.parametrize(("rungs", "floor_steps"), [(0, 50), (1, 30), (2, 50), (2, 30)])
+def test_the_fallback_model_refines_at_the_last_step_of_degradation_only(rungs: int, floor_steps: int) -> None:
+    slo = SloSettings(floor_threshold_rungs=rungs, floor_steps=floor_steps, fallback_small_model="F")
+    made = SETTINGS.model_copy(update={"slo": slo})
+    levels = overload.levels(threshold_rungs=rungs, floor_steps=floor_steps, total_steps=50, faster_small=True)
+    drawn = [model_for(record(HIT), made, role="small", mode="pooled", degradation=i) for i in range(len(levels))]
+    assert drawn == ["F" if level.faster_small else "S" for level in levels]
+    assert model_for(record(MISS), made, role="large", mode="pooled", degradation=len(levels) - 1) == "L"
+    assert served_models(made) == ("L", "F", "S")
+    assert served_models(SETTINGS) == ("L", "S")
 
 
 def test_hits_are_verified_where_the_router_says_so_and_an_operators_floor_goes_first() -> None:
