@@ -112,6 +112,16 @@ def test_speeds_are_learned_else_profiled_else_unknown() -> None:
     assert observe.model_step_s(small_only, SETTINGS) == pytest.approx((0.0915, 0.0165))
 
 
+def test_the_fallback_model_is_a_step_once_its_speed_is_known() -> None:
+    made = SETTINGS.model_copy(update={"slo": SloSettings(fallback_small_model="swift")})
+    assert observe.faster_small_s(Readings(now_s=0.0, step_s=STEPS), made) is None
+    profiled = Readings(now_s=0.0, prior_step_s={"swift": 0.01})
+    assert observe.faster_small_s(profiled, made) == pytest.approx(0.5)
+    learned = Readings(now_s=0.0, step_s={"swift": 0.02}, prior_step_s={"swift": 0.01})
+    assert observe.faster_small_s(learned, made) == pytest.approx(1.0)
+    assert observe.faster_small_s(learned, SETTINGS) is None
+
+
 def test_a_switch_costs_what_is_not_resident() -> None:
     both = status("a", models=("big-v1", "little"), swap_s={"big-v1": 9.0})
     one = status("b", models=("little",), swap_s={"big-v1": 12.0, "other": 99.0})
