@@ -8,75 +8,12 @@ configurations (Stable Diffusion 3.5 Large, FLUX.1-dev, SDXL base 1.0, SANA 1600
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from workers import tokenizers
-
-Scale = Literal["tiny", "full"]
-_FULL_TEXT = 77
-
-
-def _clip(scale: Scale, *, full: tuple[int, int, int, int], with_projection: bool = True) -> Any:
-    """A CLIP text encoder; ``full`` = hidden size, layers, heads, projection."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    hidden, layers, heads, projection = full if scale == "full" else (16, 2, 2, 16)
-    config = CLIPTextConfig(
-        vocab_size=49408 if scale == "full" else 256,
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        projection_dim=projection,
-        max_position_embeddings=_FULL_TEXT,
-        hidden_act="gelu" if hidden == 1280 else "quick_gelu",
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    return CLIPTextModelWithProjection(config) if with_projection else CLIPTextModel(config)
-
-
-def _t5(scale: Scale) -> Any:
-    from transformers import T5Config, T5EncoderModel
-
-    full = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
-    tiny = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4, "vocab_size": 256}
-    sizes = full if scale == "full" else tiny
-    return T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False))
-
-
-def _vae(scale: Scale, *, channels: int, scaling: float, shift: float | None, quant: bool) -> Any:
-    from diffusers import AutoencoderKL
-
-    blocks = (128, 256, 512, 512) if scale == "full" else (8, 8)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(blocks),
-        up_block_types=("UpDecoderBlock2D",) * len(blocks),
-        block_out_channels=blocks,
-        layers_per_block=2 if scale == "full" else 1,
-        norm_num_groups=32 if scale == "full" else 4,
-        latent_channels=channels,
-        sample_size=1024 if scale == "full" else 32,
-        scaling_factor=scaling,
-        shift_factor=shift,
-        use_quant_conv=quant,
-        use_post_quant_conv=quant,
-    )
-
-
-def _flow(**config: Any) -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    return _on_cpu(FlowMatchEulerDiscreteScheduler, **config)
-
-
-def _on_cpu(scheduler: Any, **config: Any) -> Any:
-    """Schedulers hand their tables to numpy, so those stay in host memory whatever device the weights are drawn on."""
-    with torch.device("cpu"):
-        return scheduler(**config)
+from workers.architecture_parts import Scale, clip, flow, kl_vae, on_cpu, t5
 
 
 def sd3(scale: Scale) -> Any:
@@ -100,13 +37,13 @@ def sd3(scale: Scale) -> Any:
     )
     return StableDiffusion3Pipeline(
         transformer=transformer,
-        scheduler=_flow(shift=3.0),
-        vae=_vae(scale, channels=16, scaling=1.5305, shift=0.0609, quant=False),
-        text_encoder=_clip(scale, full=(768, 12, 12, 768)),
+        scheduler=flow(shift=3.0),
+        vae=kl_vae(scale, channels=16, scaling=1.5305, shift=0.0609, quant=False),
+        text_encoder=clip(scale, full=(768, 12, 12, 768)),
         tokenizer=tokenizers.clip_tokenizer(),
-        text_encoder_2=_clip(scale, full=(1280, 32, 20, 1280)),
+        text_encoder_2=clip(scale, full=(1280, 32, 20, 1280)),
         tokenizer_2=tokenizers.clip_tokenizer(),
-        text_encoder_3=_t5(scale),
+        text_encoder_3=t5(scale),
         tokenizer_3=tokenizers.t5_tokenizer(),
     )
 
@@ -130,11 +67,11 @@ def flux(scale: Scale) -> Any:
     )
     return FluxPipeline(
         transformer=transformer,
-        scheduler=_flow(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
-        vae=_vae(scale, channels=16, scaling=0.3611, shift=0.1159, quant=False),
-        text_encoder=_clip(scale, full=(768, 12, 12, 768), with_projection=False),
+        scheduler=flow(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
+        vae=kl_vae(scale, channels=16, scaling=0.3611, shift=0.1159, quant=False),
+        text_encoder=clip(scale, full=(768, 12, 12, 768), with_projection=False),
         tokenizer=tokenizers.clip_tokenizer(),
-        text_encoder_2=_t5(scale),
+        text_encoder_2=t5(scale),
         tokenizer_2=tokenizers.t5_tokenizer(),
     )
 
@@ -171,7 +108,7 @@ def sdxl(scale: Scale) -> Any:
     )
     return StableDiffusionXLPipeline(
         unet=unet,
-        scheduler=_on_cpu(
+        scheduler=on_cpu(
             EulerDiscreteScheduler,
             beta_start=0.00085,
             beta_end=0.012,
@@ -179,10 +116,10 @@ def sdxl(scale: Scale) -> Any:
             steps_offset=1,
             timestep_spacing="leading",
         ),
-        vae=_vae(scale, channels=4, scaling=0.13025, shift=None, quant=True),
-        text_encoder=_clip(scale, full=(768, 12, 12, 768), with_projection=False),
+        vae=kl_vae(scale, channels=4, scaling=0.13025, shift=None, quant=True),
+        text_encoder=clip(scale, full=(768, 12, 12, 768), with_projection=False),
         tokenizer=tokenizers.clip_tokenizer(),
-        text_encoder_2=_clip(scale, full=(1280, 32, 20, 1280)),
+        text_encoder_2=clip(scale, full=(1280, 32, 20, 1280)),
         tokenizer_2=tokenizers.clip_tokenizer(),
         add_watermarker=False,
     )
@@ -248,7 +185,7 @@ def sana(scale: Scale) -> Any:
     """SANA 1600M: linear-attention transformer on 32-fold compressed latents, Gemma 2 2B."""
     from diffusers import DPMSolverMultistepScheduler, SanaPipeline
 
-    scheduler = _on_cpu(
+    scheduler = on_cpu(
         DPMSolverMultistepScheduler,
         prediction_type="flow_prediction",
         use_flow_sigmas=True,
@@ -264,7 +201,7 @@ def sana_sprint(scale: Scale) -> Any:
     """SANA-Sprint: the same shapes, distilled to 1-4 steps."""
     from diffusers import SanaSprintPipeline, SCMScheduler
 
-    return SanaSprintPipeline(scheduler=_on_cpu(SCMScheduler), **_sana_parts(scale, sprint=True))
+    return SanaSprintPipeline(scheduler=on_cpu(SCMScheduler), **_sana_parts(scale, sprint=True))
 
 
 def z_image(scale: Scale) -> Any:
@@ -286,8 +223,8 @@ def z_image(scale: Scale) -> Any:
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
     return ZImagePipeline(
         transformer=transformer,
-        scheduler=_flow(shift=3.0),
-        vae=_vae(scale, channels=16, scaling=0.3611, shift=0.1159, quant=False),
+        scheduler=flow(shift=3.0),
+        vae=kl_vae(scale, channels=16, scaling=0.3611, shift=0.1159, quant=False),
         text_encoder=Qwen3Model(Qwen3Config(**text, **heads)),
         tokenizer=tokenizers.qwen_tokenizer(),
     )
@@ -325,7 +262,7 @@ def qwen_image(scale: Scale) -> Any:
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     return QwenImagePipeline(
         transformer=transformer,
-        scheduler=_flow(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, shift_terminal=0.02),
+        scheduler=flow(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, shift_terminal=0.02),
         vae=vae,
         text_encoder=Qwen2_5_VLForConditionalGeneration(config),
         tokenizer=tokenizers.qwen_tokenizer(),

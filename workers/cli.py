@@ -73,7 +73,7 @@ def pull_model(name: str) -> None:
     """Download a model's weights from the hub into its cache. Gated ones need HF_TOKEN."""
     from modm_tasks.settings import load_settings
     from workers.catalogue import find
-    from workers.pipelines import pull
+    from workers.hub import pull
 
     typer.echo(pull(find(name, load_settings().models_file)))
 
@@ -189,4 +189,5 @@ def run_all(role: str, settings: Settings) -> int:
 
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         signal.signal(signum, pass_on)
-    return max(process.wait() for process in running)
+    codes = [process.wait() for process in running]
+    return max(128 - code if code < 0 else code for code in codes)  # one that was killed has failed too

@@ -14,7 +14,7 @@ from modm_tasks.errors import ConfigError
 from modm_tasks.settings import WorkerSettings
 
 #: Packages that an option needs beyond the project's own.
-_NEEDS = {"offload": "accelerate", "int8": "bitsandbytes", "int4": "bitsandbytes"}
+_NEEDS = {"offload": ("accelerate",), "quantise": ("bitsandbytes", "accelerate")}
 
 
 def check_options(options: WorkerSettings, device: torch.device) -> None:
@@ -22,13 +22,11 @@ def check_options(options: WorkerSettings, device: torch.device) -> None:
     for field, value in (("offload", options.offload), ("quantise", options.quantise)):
         if value in {"", "none"}:
             continue
-        package = _NEEDS.get(value) or _NEEDS[field]
         if device.type != "cuda":
             raise ConfigError(f"worker.{field} = {value!r} needs a GPU; this worker runs on {device.type}", field=field)
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"worker.{field} = {value!r} needs the package {package}: pip install {package}", field=field
-            )
+        if missing := [package for package in _NEEDS[field] if importlib.util.find_spec(package) is None]:
+            packages = " ".join(missing)
+            raise ConfigError(f"worker.{field} = {value!r} needs more: pip install {packages}", field=field)
 
 
 def load_arguments(options: WorkerSettings, dtype: torch.dtype) -> dict[str, Any]:
@@ -53,6 +51,13 @@ def denoiser(pipeline: Any) -> Any:
     return getattr(pipeline, "transformer", None) or pipeline.unet
 
 
+def _channels_last(model: torch.nn.Module) -> None:
+    """Weights of two-dimensional convolutions. `Module.to` would also try those of three, and fail (Qwen-Image's VAE)."""
+    for weights in model.parameters():
+        if weights.dim() == 4:
+            weights.data = weights.data.contiguous(memory_format=torch.channels_last)
+
+
 def apply_options(pipeline: Any, options: WorkerSettings, device: torch.device) -> None:
     """Apply what is set, in the order that works: memory format, VAE, attention, offload, compile.
 
@@ -60,8 +65,8 @@ def apply_options(pipeline: Any, options: WorkerSettings, device: torch.device) 
     """
     model = denoiser(pipeline)
     if options.channels_last:
-        model.to(memory_format=torch.channels_last)
-        pipeline.vae.to(memory_format=torch.channels_last)
+        for part in (model, pipeline.vae):
+            _channels_last(part)
     if options.vae_slicing and hasattr(pipeline.vae, "enable_slicing"):
         pipeline.vae.enable_slicing()
     if options.vae_tiling and hasattr(pipeline.vae, "enable_tiling"):

@@ -12,7 +12,7 @@ import inspect
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from modm_tasks.errors import ConfigError, EngineError, ModmError, OutOfMemoryEr
 from modm_tasks.settings import WorkerSettings
 from workers.catalogue import ModelEntry, missing_weights
 from workers.engine import StepCallback
+from workers.hub import explain, first_line
 from workers.options import apply_options, denoiser, load_arguments
 
 # Bars and advice of the libraries are for people at a prompt; a worker's log is read by machines.
@@ -215,7 +216,7 @@ def draw(
         where = f"model {pair.entry.name!r}, {width}x{height}"
         raise OutOfMemoryError(f"{where}: the device is out of memory") from error
     except Exception as error:
-        raise EngineError(f"model {pair.entry.name!r}: {type(error).__name__}: {_first_line(error)}") from error
+        raise EngineError(f"model {pair.entry.name!r}: {type(error).__name__}: {first_line(error)}") from error
     left, top = (width - size[0]) // 2, (height - size[1]) // 2
     return image.convert("RGB").crop((left, top, left + size[0], top + size[1])), counter.done
 
@@ -267,63 +268,3 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", category=category)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"huggingface_hub\..*")
         yield
-
-
-def pull(entry: ModelEntry) -> str:
-    """Download an entry's weights; returns the folder. Raises EngineError with one line."""
-    if entry.folder is not None:
-        return str(entry.folder)
-    try:
-        path = diffusers.DiffusionPipeline.download(entry.repo, revision=entry.revision, variant=entry.variant)
-        if entry.vae:
-            from huggingface_hub import snapshot_download
-
-            snapshot_download(entry.vae, allow_patterns=["*.json", "*.safetensors"])
-    except Exception as error:
-        raise EngineError(explain(entry, error)) from error
-    return str(path)
-
-
-def explain(entry: ModelEntry, error: BaseException) -> str:
-    """One line that says what to do about a model that does not load."""
-    from huggingface_hub import errors as hub
-
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-
-    def any_of(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(e, kinds) for e in chain)
-
-    text = " ".join(str(e) for e in chain)
-    who = f"model {entry.name!r}"
-    cases: list[tuple[Callable[[], bool], str]] = [
-        (
-            lambda: any_of(hub.GatedRepoError) or "gated repo" in text,
-            f"{who}: {entry.repo} is gated: accept its licence on the hub, then set HF_TOKEN",
-        ),
-        (
-            lambda: any_of(hub.RevisionNotFoundError) or "is not a valid git identifier" in text,
-            f"{who}: {entry.repo} has no revision {entry.revision!r}",
-        ),
-        (
-            lambda: any_of(hub.RepositoryNotFoundError),
-            f"{who}: there is no repository {entry.repo!r} (or it is private: set HF_TOKEN)",
-        ),
-        (
-            lambda: entry.folder is None and any_of(hub.LocalEntryNotFoundError, ConnectionError, OSError),
-            f"{who}: {entry.repo} is not in the local cache and the hub cannot be had;"
-            f" run `modm models pull {entry.name}` where there is a network",
-        ),
-    ]
-    for applies, line in cases:
-        if applies():
-            return line
-    return f"{who}: cannot load {entry.source}: {type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

@@ -213,5 +213,6 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _mib(n_bytes: int) -> int:
-    return round(n_bytes / 2**20)
+def _mib(n_bytes: int) -> str:
+    mib = n_bytes / 2**20
+    return f"{mib:.1f}" if mib < 10 else f"{mib:.0f}"

@@ -119,7 +119,7 @@ def test_the_least_recently_used_leaves_and_one_too_big_says_so() -> None:
 def test_two_hundred_swaps_of_real_pipelines_leave_memory_flat_and_images_the_same(
     folders: Path, parking: Parking, pair: tuple[str, str]
 ) -> None:
-    """Every draw is of the model that is not there. A model kept by mistake at each swap would show as 27 MiB or more."""
+    """Every draw is of the model that is not there. A model kept by mistake at each swap would show as far more."""
     worker = WorkerSettings(device="cpu", memory_mib=1)
     settings = Settings(models_file=folders / "models.toml", num_inference_steps=1, worker=worker)
     engine = DiffusersEngine(settings, parking=parking)

@@ -17,7 +17,8 @@ from workers.architectures import FAMILIES, build
 from workers.catalogue import ModelEntry
 from workers.diffusers_engine import DiffusersEngine
 from workers.engine import GenerateParams, RefineParams
-from workers.pipelines import call_arguments, exact_strength, exact_timesteps, explain, load_pair
+from workers.hub import explain
+from workers.pipelines import call_arguments, exact_strength, exact_timesteps, load_pair
 
 STEPS = 4
 SETTINGS_OF = {
@@ -117,6 +118,21 @@ def test_refining_walks_the_rest_of_the_refiners_own_schedule(
     refine = RefineParams(**params(family), source=source, skipped_steps=1, total_steps=STEPS)
     assert len(full) == STEPS
     assert walked(pair.image, lambda: engine.refine(refine)) == full[1:]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_takes_the_options_that_a_cpu_has(engine: DiffusersEngine, catalogue: Path, family: str) -> None:
+    options = WorkerSettings(
+        device="cpu", channels_last=True, vae_slicing=True, vae_tiling=True, attention_backend="native"
+    )
+    tuned = DiffusersEngine(Settings(models_file=catalogue, num_inference_steps=STEPS, worker=options))
+    tuned.load([f"tiny-{family}"])
+    given = GenerateParams(**params(family))
+    pairs = list(zip(pixels(tuned.generate(given).image), pixels(engine.generate(given).image), strict=True))
+    assert sum(abs(a - b) for a, b in pairs) / len(pairs) < 1, "only the order of summation differs"
+    source = Image.linear_gradient("L")
+    refine = RefineParams(**params(family), source=source, skipped_steps=1, total_steps=STEPS)
+    assert tuned.refine(refine).steps_run == engine.refine(refine).steps_run
 
 
 def test_sizes_that_a_family_cannot_draw_are_drawn_larger_and_cropped(engine: DiffusersEngine) -> None:

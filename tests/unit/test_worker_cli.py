@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from modm_tasks.settings import Settings, WorkerSettings
-from workers.cli import models_app, start_queues, worker_argv, worker_command
+from workers.cli import models_app, run_all, start_queues, worker_argv, worker_command
 
 runner = CliRunner()
 
@@ -53,6 +53,30 @@ def test_the_command_line_is_one_prefork_child() -> None:
     assert argv[argv.index("-P") + 1] == "prefork"
     assert argv[argv.index("-c") + 1] == "1"
     assert {"--without-gossip", "--without-mingle"} <= set(argv)
+
+
+@pytest.mark.parametrize(("ends", "code"), [([0, 0], 0), ([0, 2], 2), ([0, -9], 137)])
+def test_all_gpus_is_one_worker_each_and_one_that_fails_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, ends: list[int], code: int
+) -> None:
+    started: list[list[str]] = []
+
+    class Worker:
+        """Has ended by itself, as ``ends`` says; nobody signalled it."""
+
+        def __init__(self, argv: list[str]) -> None:
+            self.end = ends[len(started)]
+            started.append(argv)
+
+        def wait(self) -> int:
+            return self.end
+
+    monkeypatch.setattr("workers.cli.gpu_count", lambda: 2)
+    monkeypatch.setattr("workers.cli.subprocess.Popen", Worker)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    assert run_all("auto", Settings()) == code
+    assert [argv[argv.index("--gpu") + 1] for argv in started] == ["0", "1"]
+    assert all(argv[argv.index("--share") + 1] == "2" for argv in started)
 
 
 def test_a_bad_role_or_model_never_starts_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
