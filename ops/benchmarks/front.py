@@ -115,7 +115,7 @@ def wait_routed(ledger: Ledger, timeout_s: float = 60.0) -> None:
         threading.Event().wait(0.05)
 
 
-def measure(*, cached: int, rate_per_s: float, seconds: float) -> dict[str, Any]:
+def measure(*, cached: int, rate_per_s: float, seconds: float, policy: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         redis = start_redis(home / "redis")
@@ -123,6 +123,7 @@ def measure(*, cached: int, rate_per_s: float, seconds: float) -> dict[str, Any]
         environ = {k: v for k, v in os.environ.items() if not k.startswith("MODM_")} | {
             "MODM_HOME": str(home), "MODM_REDIS_URL": redis.url, "MODM_EMBEDDER": "fake", "MODM_API__PORT": str(port),
             "MODM_CACHE__CAPACITY": str(10 * cached), "MODM_SLO__MAX_OPEN_REQUESTS": "1000000", "MODM_LOG_LEVEL": "WARNING",
+            "MODM_ROUTING__POLICY": policy,
         }  # fmt: skip
         settings = load_settings(home=home, redis_url=redis.url, cache={"capacity": 10 * cached})
         fill_cache(settings, cached)
@@ -150,6 +151,7 @@ def measure(*, cached: int, rate_per_s: float, seconds: float) -> dict[str, Any]
     )
     return {
         "machine": describe(),
+        "policy": policy,
         "cached_images": cached,
         "asked_per_s": rate_per_s,
         "reached_per_s": round(reached, 1),
@@ -179,8 +181,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cached", type=int, default=10_000)
     parser.add_argument("--rate-per-s", type=float, default=200.0)
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--policy", choices=["modm", "modm-plus"], default="modm-plus")
     given = parser.parse_args(argv)
-    found = measure(cached=given.cached, rate_per_s=given.rate_per_s, seconds=given.seconds)
+    found = measure(cached=given.cached, rate_per_s=given.rate_per_s, seconds=given.seconds, policy=given.policy)
     print(json.dumps(found, indent=1))
 
 
