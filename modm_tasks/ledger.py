@@ -181,7 +181,7 @@ class Ledger(LedgerReads):
 
     @guarded
     def expire(self, limit: int = 100) -> list[tuple[str, State, str]]:
-        """Take expired claims back: (id, queued | failed | cancelled, queue) of each."""
+        """Take expired claims back: (id, queued | failed | done by its fallback | cancelled, queue) of each."""
         return [(r[0], State(r[1]), r[2]) for r in self._run("EXPIRE", self.max_attempts, limit)]
 
     @guarded
@@ -240,7 +240,8 @@ class Ledger(LedgerReads):
 
     @guarded
     def fail(self, request_id: str, attempt: int, error: str, *, retry: bool) -> State:
-        """Report an error: queued again while attempts are left and ``retry``, else failed; cancelled if that was asked."""
+        """Report an error: queued again while attempts are left and ``retry``, else failed, or done by its fallback image;
+        cancelled if that was asked."""
         reply = self._owned("FAIL", request_id, attempt, error[:500], int(retry), self.max_attempts)
         return State(reply[0])
 
@@ -251,16 +252,25 @@ class Ledger(LedgerReads):
 
     @guarded
     def reroute_to_large(
-        self, request_id: str, attempt: int, reason: str, *, fallback: Completion | None = None
+        self,
+        request_id: str,
+        attempt: int,
+        reason: str,
+        *,
+        fallback: Completion | None = None,
+        was: Decision | None = None,
     ) -> State:
-        """Queue a hit as a miss: its source is gone, or its refined image scored too low (then kept as fallback).
+        """Queue a hit as a miss: its source is gone, or its refined image scored too low. That one is kept as ``fallback``
+        and published where drawing it again fails for good.
 
-        Where its user has cancelled it meanwhile, it ends.
+        ``was``: the decision so far, whose similarities stay readable. Where its user has cancelled it meanwhile, it ends.
         """
-        decision = Decision(route=Route.LARGE_GEN, policy="reroute", reason=reason)
+        seen = {} if was is None else {n: getattr(was, n) for n in ("similarity", "predicted_similarity")}
+        decision = Decision(route=Route.LARGE_GEN, policy="reroute", reason=reason, **seen)
+        bare = "" if fallback is None else fallback.model_copy(update={"vector": ""}).model_dump_json()
+        vector = "" if fallback is None else fallback.vector
         reply = self._owned(
-            "REROUTE", request_id, attempt, decision.model_dump_json(), reason[:300],
-            "fallback" if fallback else "", fallback.model_dump_json() if fallback else "",
+            "REROUTE", request_id, attempt, decision.model_dump_json(), reason[:300], bare, vector
         )  # fmt: skip
         return State(reply[0])
 
@@ -272,6 +282,8 @@ class Ledger(LedgerReads):
 def _routing(
     request_id: str, decision: Decision, expected: State, text_vector: str, rank: float | None
 ) -> tuple[object, ...]:
+    if decision.route is Route.STORED:
+        raise ConflictError("a stored answer is no queue: nobody would serve it")
     return (
         request_id, expected.value, decision.route.value, decision.model_dump_json(), decision.skipped_steps,
         decision.source_id or "", decision.reason[:300], text_vector, "" if rank is None else rank,

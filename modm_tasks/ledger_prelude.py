@@ -83,6 +83,14 @@ local function source(id, src)
     redis.call('HDEL', key(id), 'source_id')
   end
 end
+-- Where a drawing anew has failed for good, the refined image that it was to replace is the answer. False without one.
+local function fall_back(id, why)
+  local kept = redis.call('HGET', key(id), 'fallback')
+  if not kept or move(id, 'done', 'the refined image after all: ' .. why) ~= 'ok' then return false end
+  redis.call('HSET', key(id), 'completion', kept, 'ivec', redis.call('HGET', key(id), 'fallback_ivec') or '')
+  redis.call('ZADD', P .. 'unadmitted', now, id)
+  return true
+end
 local function enqueue(id, queue, note)
   local r = move(id, 'queued', note)
   if r ~= 'ok' then return r end

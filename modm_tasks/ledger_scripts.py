@@ -132,8 +132,12 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. 'running', '-inf', now, 'LI
       out[#out + 1] = {id, 'cancelled', ''}
     elseif tries >= tonumber(ARGV[1]) then
       redis.call('HSET', key(id), 'error', 'the worker died ' .. tries .. ' times while drawing it; last: ' .. worker)
-      move(id, 'failed', 'attempts spent')
-      out[#out + 1] = {id, 'failed', ''}
+      if fall_back(id, 'attempts spent') then
+        out[#out + 1] = {id, 'done', ''}
+      else
+        move(id, 'failed', 'attempts spent')
+        out[#out + 1] = {id, 'failed', ''}
+      end
     else
       count('retries')
       -- From the second death on it goes to the end of the line: a request that kills workers must not do so in a row,

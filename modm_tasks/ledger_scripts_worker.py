@@ -86,6 +86,7 @@ if ARGV[4] == '1' and tonumber(redis.call('HGET', key(id), 'tries')) < tonumber(
   enqueue(id, redis.call('HGET', key(id), 'queue'), 'again: ' .. ARGV[3])
   return {'queued', redis.call('HGET', key(id), 'queue')}
 end
+if fall_back(id, ARGV[3]) then return {'done'} end
 move(id, 'failed', ARGV[3])
 return {'failed'}
 """
@@ -103,7 +104,7 @@ return {'queued'}
 """
 )
 
-#: id, attempt, decision JSON, note, extra field, extra value: queued as a miss
+#: id, attempt, decision JSON, note, completion JSON of the image so far (or ''), its vector: queued as a miss
 REROUTE = (
     PRELUDE
     + _OWNED
@@ -113,9 +114,11 @@ redis.call('HINCRBY', key(id), 'tries', -1)
 enqueue(id, 'large-gen', ARGV[4])
 redis.call('HSET', key(id), 'decision', ARGV[3])
 source(id, '')
-if ARGV[5] ~= '' then redis.call('HSET', key(id), ARGV[5], ARGV[6]) end
 count('rerouted')
-if ARGV[5] == 'fallback' then count('escalated') end
+if ARGV[5] ~= '' then
+  redis.call('HSET', key(id), 'fallback', ARGV[5], 'fallback_ivec', ARGV[6])
+  count('escalated')
+end
 return {'queued'}
 """
 )

@@ -139,7 +139,8 @@ class Admission:
         assert record.completion is not None
         if record.request.cache == "no-store":
             return False
-        large = record.decision is None or record.decision.route is Route.LARGE_GEN
+        drawn = record.decision is None or record.decision.route is Route.LARGE_GEN
+        large = drawn and record.completion.depth == 0  # a fallback is refined, whatever it was sent to
         return large or (self.ledger.control().cache_admission or self.cache.settings.cache.admission) == "all"
 
     @staticmethod

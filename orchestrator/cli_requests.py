@@ -84,9 +84,11 @@ def explain(request_id: Id, json: Json = False) -> None:
         ("predicted similarity", decision.get("predicted_similarity")),
         ("skipped steps k", decision.get("skipped_steps")),
         ("waits on", answer["waits_on"] or decision.get("waits_on")),
+        ("waited s", answer["waited_s"]),
         ("others wait on it", ", ".join(answer["waiters"]) or None),
         ("position in queue", answer["position"]),
-        ("escalated", "yes" if answer["escalated"] else "no"),
+        ("verified against", _floor(decision.get("verify_floor"))),
+        ("escalated", _escalated(answer["refined_first"])),
         ("model", done.get("model")),
         ("steps run", done.get("steps_run")),
         ("CLIP score", record["clip_score"]),
@@ -98,6 +100,17 @@ def explain(request_id: Id, json: Json = False) -> None:
     typer.echo("transitions")
     for step in answer["transitions"]:
         typer.echo(f"  +{step['at_s'] - first:8.3f} s  {step['state']:<10}{step['note']}")
+
+
+def _floor(floor: float | None) -> str | None:
+    """The floor of a hit's rung; -1 = no rung of the ladder has one there."""
+    return None if floor is None else f"{floor:g}" if floor >= 0 else "no floor is calibrated"
+
+
+def _escalated(first: dict[str, Any] | None) -> str:
+    if first is None:
+        return "no"
+    return f"yes: {first['model']}, {first['skipped_steps']} steps skipped, scored {first['clip_score']:.4f}"
 
 
 @requests_app.command()

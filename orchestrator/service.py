@@ -20,6 +20,7 @@ from modm_tasks.messages import FINAL, RequestRecord, State, SubmitRequest, new_
 from modm_tasks.safety import load_hook
 from modm_tasks.settings import Settings
 from orchestrator.decisions.routing import check_features, check_policy
+from orchestrator.explain import explain
 
 if TYPE_CHECKING:
     from orchestrator.admission import Admission
@@ -209,19 +210,7 @@ class Service:
 
     def explain(self, request_id: str) -> dict[str, Any]:
         """Everything that is known of a decision, in words and numbers."""
-        record = self.ledger.get(request_id)
-        queue = record.decision.route.value if record.decision else None
-        fallback = self.ledger.field(request_id, "fallback")
-        return {
-            "record": record.model_dump(mode="json"),
-            "position": self.ledger.position(request_id, queue) if queue and record.state is State.QUEUED else None,
-            "transitions": [
-                {"at_s": at, "state": state, "note": note} for at, state, note in self.ledger.log(request_id)
-            ],
-            "waits_on": self.ledger.field(request_id, "waits_on"),
-            "escalated": fallback is not None,
-            "waiters": self.ledger.waiters(request_id),
-        }
+        return explain(self.ledger, request_id)
 
     def purge_request(self, request_id: str) -> None:
         """Forget a finished request. Raises ConflictError where it is still open."""

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from modm_tasks.cluster import Control
@@ -135,15 +136,14 @@ def _attempt(runtime: Runtime, record: RequestRecord, lease: Lease, written: lis
     written.append(uri)
     completion = _completion(runtime, record, drawn, uri, n_bytes, encode_vector(vector), score)
     if floor is not None and score is not None and score < floor and verify.may_escalate(runtime, record, score, floor):
-        was = record.decision.reason if record.decision is not None else ""
-        reason = f"verify: score {score:.4f} below {floor:.4f}; it was a {was}"
-        if _insist(lambda: ledger.reroute_to_large(record.id, record.attempt, reason, fallback=completion)) is (
-            State.CANCELLED
-        ):
+        reason, was = verify.reason(record, score, floor), record.decision
+        move = partial(ledger.reroute_to_large, record.id, record.attempt, reason, fallback=completion, was=was)
+        if _insist(move) is State.CANCELLED:
             _drop(runtime, written)
             return State.CANCELLED
         return f"verification failed, {TO_LARGE}"
     _insist(lambda: ledger.finish(record.id, record.attempt, completion))
+    verify.drop_fallback(runtime, record)
     return "done"
 
 

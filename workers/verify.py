@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from modm_tasks import verification
 from modm_tasks.cluster import Control
-from modm_tasks.messages import RequestRecord, Route
+from modm_tasks.errors import ModmError
+from modm_tasks.messages import Completion, RequestRecord, Route
 
 if TYPE_CHECKING:
     from vector_store.embedder import Vector
     from workers.runtime import Runtime
+
+log = logging.getLogger(__name__)
 
 #: Guess at an average hit, as a share of a full small image; the router's.
 HIT_SHARE = 0.6
@@ -39,6 +43,24 @@ def score(runtime: Runtime, record: RequestRecord, image: Vector) -> float:
     if prompt is None or prompt.shape != image.shape:
         prompt = runtime.embedder.embed_texts([record.request.prompt])[0]
     return float(prompt @ image)
+
+
+def reason(record: RequestRecord, found: float, floor: float) -> str:
+    """Why it is drawn again, with what it was drawn from: the decision that says so takes the place of the router's."""
+    was = record.decision
+    before = "" if was is None else f"; before that {was.reason}, from {was.source_id}"
+    return f"verify: score {found:.4f} below {floor:.4f}{before}"
+
+
+def drop_fallback(runtime: Runtime, record: RequestRecord) -> None:
+    """Delete the refined image that a second drawing has replaced. Best effort: what is left, `modm cache verify` finds."""
+    if record.decision is None or record.decision.policy != "reroute":
+        return
+    try:
+        if text := runtime.ledger.field(record.id, "fallback"):
+            runtime.store.delete(Completion.model_validate_json(text).uri)
+    except (ModmError, OSError) as error:
+        log.warning("the image of the first drawing is left: %s", error, extra={"request_id": record.id})
 
 
 def may_escalate(runtime: Runtime, record: RequestRecord, found: float, floor: float) -> bool:

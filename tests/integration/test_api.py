@@ -214,6 +214,40 @@ def test_an_exact_repeat_with_the_same_seed_is_the_stored_image(http: httpx.Clie
     assert varied["decision"]["route"] == "small-refine"
 
 
+def test_explain_tells_of_waiting_and_of_a_second_drawing(module_stack: TestStack, http: httpx.Client) -> None:
+    env, far = module_stack.environ, {"deadline_s": 3600, "seed": 5}
+    before = http.get("/v1/control").json()
+    assert http.put("/v1/control", json={"verify_floor": 1.5, "escalation_rate": 1.0}).status_code == 200
+    try:
+        first = finish(http, submit(http, "a tall ship at sea", namespace="why", **far)["id"])
+        low = finish(http, submit(http, "a tall ship at sea today", namespace="why", **far)["id"])
+    finally:
+        http.put("/v1/control", json={n: before[n] for n in ("verify_floor", "escalation_rate")})
+    assert low["completion"]["escalated"]
+    words = run_modm("requests", "explain", low["id"], env=env).stdout
+    assert "yes: scenes-small, " in words
+    assert f"from {first['id']}" in words
+    assert f"{low['decision']['similarity']}" in words
+    assert "below 1.5000; before that hit: similarity" in words
+
+    ids = [submit(http, f"a quiet harbour {n}", namespace="why2", features="inflight")["id"] for n in range(4)]
+    records = [finish(http, i) for i in ids]
+    told = [http.get(f"/v1/requests/{i}/explain").json() for i in ids]
+    waited = [t for t in told if t["waited_s"] is not None]
+    assert waited, [r["decision"]["reason"] for r in records]
+    words = run_modm("requests", "explain", waited[0]["record"]["id"], env=env).stdout
+    for line in (
+        "route",
+        "source",
+        "similarity",
+        "predicted similarity",
+        "skipped steps k",
+        "waited s",
+        "after waiting",
+    ):
+        assert line in words, words
+
+
 def test_the_client_raises_the_same_errors(module_stack: TestStack) -> None:
     client = module_stack.client
     with pytest.raises(InvalidInputError, match="prompt"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from modm_tasks.settings import load_settings
 from ops.redis_server import RunningRedis
 from tests.conftest import child_environment, fresh_database
-from tests.support.processes import processes, run_modm
+from tests.support.processes import processes, run_modm, wait_until
 from tests.support.stack import start_stack
 
 
@@ -36,7 +36,9 @@ def test_aliases_match_and_another_pair_is_one_line_and_exit_2(redis_server: Run
         assert ran.returncode == 0, ran.stderr
         assert json.loads(ran.stdout)["requests"]["done"] == 2
 
-        status = stack.get("/v1/status")
+        # Times that were learned are read again after two seconds.
+        status = wait_until(
+            lambda: (s := stack.get("/v1/status"))["slo"]["large_latency_s"] > 0 and s, 20, "times per step"
+        )
         assert status["models"] == {"large": "stable-diffusion-3.5-large", "small": "stable-diffusion-xl-base-1.0"}
         assert {w["large_model"] for w in status["workers"]} == {"stable-diffusion-3.5-large"}
-        assert status["slo"]["large_latency_s"] > 0, "steps are counted under the name that the orchestrator asks for"

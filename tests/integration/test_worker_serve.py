@@ -14,6 +14,7 @@ from modm_tasks.ledger import Ledger
 from modm_tasks.messages import Decision, RequestRecord, Route, State, SubmitRequest, new_request_id
 from modm_tasks.settings import WorkerSettings
 from tests.conftest import SettingsFactory
+from tests.support.processes import wait_until
 from vector_store.embedder import decode_vector, load_embedder
 from workers.engine import Drawn, GenerateParams
 from workers.lease import Lease
@@ -278,17 +279,50 @@ def test_a_refined_image_below_the_floor_is_drawn_again_within_the_budget(runtim
     source = served(runtime, submit(runtime)).completion
     assert source is not None
     hit = Decision(
-        route=Route.SMALL_REFINE, policy="t", skipped_steps=10, source_id="s", source_uri=source.uri, verify_floor=0.9
+        route=Route.SMALL_REFINE, policy="t", skipped_steps=10, source_id="s", source_uri=source.uri, verify_floor=0.9,
+        similarity=0.8, reason="hit: very like",
     )  # fmt: skip
     runtime.ledger.set_control(verify_floor=1.5, escalation_rate=1.0)
     request_id = submit(runtime, hit)
-    assert served(runtime, request_id, SMALL).state is State.QUEUED
+    queued = served(runtime, request_id, SMALL)
+    assert queued.state is State.QUEUED
+    assert queued.decision is not None
+    assert queued.decision.similarity == hit.similarity
+    assert f"below 1.5000; before that {hit.reason}, from s" in queued.decision.reason
     drawn = served(runtime, request_id, LARGE).completion
     assert drawn is not None
     assert drawn.escalated
     assert drawn.first_clip_score == pytest.approx(1.0, abs=1e-5)
     assert drawn.model == runtime.settings.large_model
+    assert {f.uri for f in runtime.store.list()} == {source.uri, drawn.uri}, "the first drawing is dropped"
     runtime.ledger.set_control(escalation_rate=0.0)
     kept = served(runtime, submit(runtime, hit), SMALL).completion
     assert kept is not None
     assert (kept.model, kept.escalated) == (runtime.settings.small_model, False)
+
+
+@pytest.mark.parametrize("how", ["failed", "died"])
+def test_the_refined_image_is_the_answer_where_drawing_it_again_fails(runtime: Runtime, how: str) -> None:
+    source = served(runtime, submit(runtime)).completion
+    assert source is not None
+    hit = Decision(
+        route=Route.SMALL_REFINE, policy="t", skipped_steps=10, source_id="s", source_uri=source.uri, verify_floor=0.9
+    )
+    runtime.ledger.set_control(verify_floor=1.5, escalation_rate=1.0)
+    request_id = submit(runtime, hit)
+    assert served(runtime, request_id, SMALL).state is State.QUEUED
+    for _ in range(runtime.settings.worker.max_attempts):
+        if how == "failed":
+            engine_of(runtime).draws = [EngineError("broken")]
+            serve_one(runtime, LARGE)
+        else:
+            assert runtime.ledger.claim(LARGE, "w", lease_s=0.001) is not None
+            wait_until(runtime.ledger.expire, 5, "the lease to expire")
+    record = runtime.ledger.get(request_id)
+    assert record.state is State.DONE
+    assert record.completion is not None
+    assert (record.completion.model, record.completion.skipped_steps) == (runtime.settings.small_model, 10)
+    assert runtime.store.read(record.completion.uri).size == (64, 64)
+    assert runtime.ledger.field(request_id, "ivec")
+    assert runtime.ledger.index("unadmitted", newest_s=float("inf"))[-1] == request_id
+    assert runtime.ledger.log(request_id)[-1][2].startswith("the refined image after all")

@@ -13,6 +13,7 @@ from modm_tasks.verification import NO_FLOOR, Load, may_escalate
 from orchestrator.decisions import routing
 from orchestrator.decisions.ladder import PUBLISHED, Ladder, Rung, parse
 from orchestrator.decisions.routing import Found, RouteInput, Unfinished
+from orchestrator.explain import waited_s
 
 
 def given(policy: str = "modm", features: str = "", request: dict[str, Any] | None = None, **more: Any) -> RouteInput:
@@ -156,3 +157,10 @@ def test_a_second_drawing_needs_a_low_score_time_and_budget() -> None:
 
 def test_a_ladder_predicts_text_to_image_from_text_to_text() -> None:
     assert parse(".9:25").predict(0.8) == 0.8
+
+
+def test_time_spent_waiting_is_read_from_the_transitions() -> None:
+    log = [(10.0, "accepted", ""), (10.5, "waiting", "on a"), (14.0, "queued", ""), (15.0, "running", "")]
+    assert waited_s(log, 20.0) == 3.5
+    assert waited_s(log[:2], 20.0) == 9.5  # it waits still
+    assert waited_s([log[0], *log[2:]], 20.0) is None
