@@ -10,6 +10,8 @@ import numpy as np
 
 from orchestrator.decisions.fitting import Bools, Floats, fit_floor, judge_floor
 
+_FITTED = ("scores", "failed")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Refined:
@@ -26,14 +28,20 @@ class Refined:
 
 def fit_floors(refined: Mapping[int, Refined]) -> tuple[dict[int, float | None], dict[str, Any]]:
     """Floors by k from the one half, figures from the other: precision and recall of each rung, and the share of hits that
-    are right as refined, among those kept, and after the flagged ones are drawn again by the large model."""
+    are right as refined, among those kept, and after the flagged ones are drawn again by the large model.
+
+    A rung with too few failures for a floor of its own gets the one of all rungs together.
+    """
     floors: dict[int, float | None] = {}
+    together = fit_floor(*(np.concatenate([getattr(r, n)[~r.held_out] for r in refined.values()]) for n in _FITTED))
     rungs, parts = [], []
     for k, r in sorted(refined.items(), reverse=True):
         fit, test = ~r.held_out, r.held_out
-        floor = floors[k] = fit_floor(r.scores[fit], r.failed[fit])
+        own = fit_floor(r.scores[fit], r.failed[fit])
+        floor = floors[k] = together if own is None else own
         rungs.append(
-            {"skipped_steps": k, "floor": floor} | judge_floor(r.scores[test], r.failed[test], floor).to_json()
+            {"skipped_steps": k, "floor": floor, "own": own is not None}
+            | judge_floor(r.scores[test], r.failed[test], floor).to_json()
         )
         flagged = np.zeros(int(test.sum()), dtype=bool) if floor is None else r.scores[test] < floor
         parts.append((flagged, r.failed[test], r.large_failed[test]))

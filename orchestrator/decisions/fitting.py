@@ -127,12 +127,14 @@ def fit_floor(
 ) -> float | None:
     """The highest score below which at least ``precision`` of the images failed; None where there is none.
 
-    The highest one finds most of the failures that can be found at that precision.
+    The highest one finds most of the failures that can be found at that precision. It must be kept with a standard error to
+    spare: of many scores tried on few images, some look good by chance.
     """
     order = np.argsort(scores, kind="stable")
     ordered, wrong = scores[order], np.cumsum(failed[order])
     counts = np.arange(1, len(ordered) + 1)
-    good = np.flatnonzero((wrong >= precision * counts) & (counts >= least))
+    spare = np.sqrt(precision * (1 - precision) * counts)
+    good = np.flatnonzero((wrong >= precision * counts + spare) & (counts >= least))
     if not len(good):
         return None
     last = int(good[-1])
