@@ -11,9 +11,11 @@ from typing import Any
 from uuid import uuid4
 
 from modm_tasks.client import Client
+from modm_tasks.ledger import Ledger
 from modm_tasks.output import note
 from modm_tasks.settings import Settings
 from orchestrator import stack_profile
+from orchestrator.controller.pooling import MARK
 from orchestrator.controller.witness import Witness, first_tasks
 from orchestrator.model_names import check_pair
 from orchestrator.report.machine import describe
@@ -68,9 +70,14 @@ class Experiment:
 
 
 @contextmanager
-def control_of(client: Client, changes: dict[str, Any]) -> Iterator[None]:
-    """The runtime control with ``changes``; what it was before comes back, also after an error or Ctrl-C."""
+def control_of(settings: Settings, client: Client, changes: dict[str, Any]) -> Iterator[None]:
+    """The runtime control with ``changes``; what it was before comes back, also after an error or Ctrl-C.
+
+    A mode that the controller chose by itself is left to it again: put back, it would be an operator's word.
+    """
     before = client.get("/v1/control")
+    if Ledger.from_settings(settings).document(MARK):
+        before["mode"] = None
     client.put("/v1/control", json=changes)
     try:
         yield
@@ -111,7 +118,7 @@ def measure(settings: Settings, it: Experiment, *, witnessed: bool = False) -> R
         client = stack.enter_context(Client.from_settings(settings))
         target = HttpTarget(client)
         check_pair(target.status(), settings, large=it.large_model, small=it.small_model)
-        stack.enter_context(control_of(client, it.settings))
+        stack.enter_context(control_of(settings, client, it.settings))
         settled(client)
         if it.cache_directory is not None:
             target.import_images(it.cache_directory, namespace, note)
@@ -148,7 +155,7 @@ def profile_stack(settings: Settings, it: Experiment, rows: Sequence[TraceRow]) 
     """A profile of the running stack, measured with ``rows``, under the control and the warm cache of the experiment."""
     namespace = f"profile-{uuid4().hex[:8]}"
     # Pooled, whatever the run has: a large worker of the published roles would draw hits with its own model.
-    with Client.from_settings(settings) as client, control_of(client, it.settings | {"mode": "pooled"}):
+    with Client.from_settings(settings) as client, control_of(settings, client, it.settings | {"mode": "pooled"}):
         target = HttpTarget(client)
         settled(client)
         if it.cache_directory is not None:
