@@ -83,12 +83,13 @@ return {'ok'}
 """
 )
 
-#: id, completion JSON: an exact repeat answered with a stored image, from accepted straight to done
+#: id, completion JSON: an exact repeat answered with a stored image, from accepted or waiting straight to done
 FINISH_STORED = (
     PRELUDE
     + """
 local id = ARGV[1]
-if redis.call('HGET', key(id), 'state') ~= 'accepted' then return {'conflict'} end
+local state = redis.call('HGET', key(id), 'state')
+if state ~= 'accepted' and state ~= 'waiting' then return {'conflict'} end
 redis.call('HSET', key(id), 'completion', ARGV[2], 'decision', ARGV[3], 'admitted_s', fmt(now), 'claimed_s', fmt(now),
   'queued_s', fmt(now))
 local r = move(id, 'done', 'stored')

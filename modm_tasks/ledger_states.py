@@ -9,7 +9,7 @@ from modm_tasks.messages import FINAL, State
 #: when an unfinished request turns out to be the better source; waiting/accepted -> done for stored repeats.
 MOVES: dict[State, frozenset[State]] = {
     State.ACCEPTED: frozenset({State.QUEUED, State.WAITING, State.DONE, State.FAILED, State.CANCELLED, State.REFUSED}),
-    State.WAITING: frozenset({State.QUEUED, State.FAILED, State.CANCELLED}),
+    State.WAITING: frozenset({State.QUEUED, State.DONE, State.FAILED, State.CANCELLED}),
     State.QUEUED: frozenset({State.QUEUED, State.RUNNING, State.WAITING, State.FAILED, State.CANCELLED}),
     State.RUNNING: frozenset({State.QUEUED, State.DONE, State.FAILED, State.CANCELLED}),
     State.DONE: frozenset(),

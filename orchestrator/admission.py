@@ -19,7 +19,7 @@ from kombu.messaging import Consumer
 
 from modm_tasks.errors import ModmError, NotFoundError, UnavailableError
 from modm_tasks.ledger import Ledger
-from modm_tasks.messages import FINAL, RequestRecord, Route, State
+from modm_tasks.messages import FINAL, Decision, RequestRecord, Route, State
 from modm_tasks.queues import COMPLETIONS
 from modm_tasks.queues import queue as make_queue
 from modm_tasks.redis_client import short
@@ -187,6 +187,10 @@ class Admission:
         self._turn_s.pop(request_id, None)
         try:
             decision = self.router.after_wait(record, decode_vector(text), source)
+            if decision.route is Route.STORED:
+                if self._answer_stored(record, decision):
+                    return
+                decision = self.router.after_wait(record, decode_vector(text), source, stored=False)
             if self.ledger.route(request_id, decision, expected=State.WAITING, rank=self.router.rank(record, decision)):
                 self.pipeline.tokens.send(decision.route.value, request_id, decision)
                 self.pipeline.remember(record, decode_vector(text), decision)
@@ -194,6 +198,15 @@ class Admission:
             raise
         except ModmError:
             log.exception("cannot route a waiter", extra={"request_id": request_id})
+
+    def _answer_stored(self, record: RequestRecord, decision: Decision) -> bool:
+        """An exact repeat that waited for its first: no worker has anything to do for it. False where the image is gone."""
+        stored = self.router.stored_completion(record, decision)
+        if stored is None or not self.ledger.finish_stored(record.id, stored, decision):
+            return False
+        self.pipeline.forget(record.id)
+        self.wake_waiters(record.id)
+        return True
 
     def _tired(self, record: RequestRecord, now_s: float) -> bool:
         """Whether a waiting request has waited longer than the bound since its own turn came."""

@@ -54,10 +54,12 @@ class Router:
             self._touch(decision.source_id, record.request.namespace, decision.skipped_steps)
         return decision
 
-    def after_wait(self, record: RequestRecord, vector: Vector, source: RequestRecord | None) -> Decision:
+    def after_wait(
+        self, record: RequestRecord, vector: Vector, source: RequestRecord | None, *, stored: bool = True
+    ) -> Decision:
         """The source has ended: its true similarity decides, together with whatever else is cached by now."""
         predicted = record.decision.predicted_similarity if record.decision else None
-        decision = self.decide(record, vector, inflight=False)
+        decision = self.decide(record, vector, inflight=False, stored=stored)
         ended = "gone" if source is None else source.state.value
         note = f"after waiting (source {ended}, predicted {predicted or 0.0:.3f}): {decision.reason}"
         return decision.model_copy(update={"predicted_similarity": predicted, "reason": note})
