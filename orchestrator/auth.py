@@ -14,7 +14,7 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -183,7 +183,7 @@ class Gate:
             raise UnauthorizedError(f"this key lacks the scope {scope!r}", field="Authorization")
         return caller
 
-    def require(self, scope: Scope) -> Callable[..., Caller]:
+    def require(self, scope: Scope) -> Callable[..., Awaitable[Caller]]:
         """FastAPI dependency: the caller, who has this scope. Async, because a thread for it costs more than it does."""
 
         async def dependency(authorization: Annotated[str | None, Header()] = None) -> Caller:
@@ -191,7 +191,7 @@ class Gate:
 
         return dependency
 
-    def by_method(self, *, read: Scope, write: Scope) -> Callable[..., Caller]:
+    def by_method(self, *, read: Scope, write: Scope) -> Callable[..., Awaitable[Caller]]:
         """FastAPI dependency: one scope for GET, another for everything that changes something."""
 
         async def dependency(request: Request, authorization: Annotated[str | None, Header()] = None) -> Caller:

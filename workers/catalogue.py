@@ -145,7 +145,8 @@ def missing_weights(entry: ModelEntry) -> str | None:
         if part.startswith("_") or not isinstance(value, list) or not value or not value[0]:
             continue
         if not (entry.folder / part).is_dir():
-            return f"model {entry.name!r}: {entry.folder} lacks its {part} folder"
+            shown = part if part.isprintable() else repr(part)
+            return f"model {entry.name!r}: {entry.folder} lacks its {shown} folder"
     return None
 
 

@@ -28,17 +28,26 @@ def diffusiondb(path: Path, *, start: int = 0, stop: int | None = None) -> Items
     finds the order; each further pass streams the text columns and keeps GATHER_ROWS rows, so that a whole file of any
     length is read in bounded memory, and a slice in one pass.
     """
+    import pyarrow as pa
+
+    try:
+        yield from _diffusiondb(path, start, stop)
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:  # a page may lie about itself
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise TraceError(f"is not Parquet: {line[:200]}", file=path.name) from error
+
+
+def _diffusiondb(path: Path, start: int, stop: int | None) -> Items:
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise TraceError(f"is not Parquet: {str(error).splitlines()[0]}", file=path.name) from error
+    file = pq.ParquetFile(path)
     names = set(file.schema_arrow.names)
     if missing := sorted({"prompt", "timestamp"} - names):
         raise TraceError("the column is missing", file=path.name, field=missing[0])
+    if not pa.types.is_timestamp(file.schema_arrow.field("timestamp").type):
+        raise TraceError("must be a timestamp column", file=path.name, field="timestamp")
     stamps = [
         np.where(batch.column(0).is_null(), np.iinfo(np.int64).max, batch.column(0).cast(pa.int64()).fill_null(0))
         for batch in file.iter_batches(BATCH_ROWS, columns=["timestamp"])
@@ -221,7 +230,7 @@ def _omni_row(file: str, number: int, line: str) -> TraceRow | TraceError:
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id != "Request":
             return TraceError("must be Request(...)", file=file, row=number)
         values = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+    except (SyntaxError, TypeError, ValueError, MemoryError, RecursionError):
         return TraceError("must be Request(...) with plain values", file=file, row=number)
     if not isinstance(values.get("prompt"), str):
         return TraceError("is missing", file=file, row=number, field="prompt")

@@ -153,7 +153,7 @@ def _json_row(file: str, number: int, line: str) -> TraceRow | TraceError:
         return TraceError(f"is not JSON: {error}", file=file, row=number)
     if not isinstance(data, dict):
         return TraceError("must be a JSON object", file=file, row=number)
-    if "prompt" not in data:
+    if data.get("prompt") is None:
         return TraceError("is missing", file=file, row=number, field="prompt")
     kinds: dict[str, tuple[type, ...]] = {
         "prompt": (str,), "arrival_s": (int, float), "seed": (int,), "size": (str,), "client": (str,),

@@ -1,12 +1,11 @@
 """Every entrance of the HTTP API under cases drawn from its own OpenAPI document: never a 500, always one error shape.
 
-Seeded and small here; MODM_TEST_FUZZ_CASES=10000 runs the long form. Calls that end or empty the shared stack are left
-out, and so are those that hold the answer open by design.
+Seeded and small here; MODM_TEST_FUZZ_CASES=10000 runs the long form (tests/support/fuzz.py). Calls that end or empty
+the shared stack are left out, and so are those that hold the answer open by design.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import httpx
@@ -15,13 +14,17 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.errors import Unsatisfiable
 
+from tests.support.fuzz import SHARES, TOTAL
 from tests.support.stack import TestStack
 
 pytestmark = pytest.mark.slow
 
-CASES = int(os.environ.get("MODM_TEST_FUZZ_CASES", "500"))
-#: Held open until a request ends, or draws synchronously.
-SLOW = {("GET", "/v1/requests/{request_id}/events"), ("POST", "/v1/images/generations")}
+CASES = int(TOTAL * SHARES["api"])
+#: Held open until a request ends, or draws synchronously (what is refused is not drawn).
+SLOW = {
+    *(("GET", "/v1/requests/{request_id}/events", mode) for mode in schemathesis.GenerationMode),
+    ("POST", "/v1/images/generations", schemathesis.GenerationMode.POSITIVE),
+}
 
 
 def check(answer: httpx.Response, what: str) -> None:
@@ -57,6 +60,8 @@ def fuzz(operation: Any, mode: Any, http: httpx.Client, examples: int) -> None:
             answer = http.request(**kwargs)
         except (UnicodeEncodeError, httpx.InvalidURL, AttributeError, TypeError):  # cannot be put on the wire at all
             return
+        except httpx.TransportError as error:
+            raise AssertionError(f"{name}: no answer to {kwargs}: {error!r}") from error
         check(answer, name)
 
     try:
@@ -69,10 +74,9 @@ def test_no_call_of_the_openapi_document_breaks_the_service(module_stack: TestSt
     with httpx.Client(base_url=module_stack.url, timeout=30, trust_env=False) as http:
         schema = schemathesis.openapi.from_dict(http.get("/openapi.json").json())
         operations = [o.ok() for o in schema.get_all_operations()]
-        chosen = [o for o in operations if (o.method.upper(), o.path) not in SLOW]
-        assert len(chosen) > 12
-        each = max(3, CASES // (2 * len(chosen)))
-        for operation in chosen:
-            for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
-                fuzz(operation, mode, http, each)
+        good, bad = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
+        chosen = [(o, mode) for o in operations for mode in (good, bad) if (o.method.upper(), o.path, mode) not in SLOW]
+        assert len(chosen) > 24
+        for operation, mode in chosen:
+            fuzz(operation, mode, http, max(3, CASES // len(chosen)))
         assert http.get("/healthz").is_success
