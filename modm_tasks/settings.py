@@ -59,7 +59,9 @@ class CacheSettings(Section):
     eviction: Literal["fifo", "lru", "utility"] = Field("fifo", description="Which images leave when it is full.")
     scope: Literal["shared", "per-client"] = Field("shared", description="Whether clients share images.")
     max_depth: int = Field(4, ge=0, description="Deepest refinement generation that may serve as a source.")
-    quantisation: Literal["none", "int8", "binary"] = Field("none", description="Codes used before exact rescoring.")
+    quantisation: Literal["auto", "none", "int8", "binary"] = Field(
+        "auto", description="Codes used before exact rescoring; auto chooses by the capacity."
+    )
 
 
 class RoutingSettings(Section):

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 
 Vector = NDArray[np.float32]
 
+#: Rows looked at for each wanted one before all are: sorting all of some thousand costs as much as a search in the cache.
+LOOK_AT = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class OpenRequest:
@@ -108,14 +111,23 @@ class OpenRequests:
                 return []
             n = len(self._items)
             scores = self._matrix[:n] @ vector
-            out: list[tuple[OpenRequest, float]] = []
-            for row in np.argsort(-scores):
-                item = self._items[row]
-                if item is not None and accept(item):
-                    out.append((item, max(0.0, float(scores[row]))))
-                    if len(out) == limit:
-                        break
-            return out
+            few = min(n, LOOK_AT * limit)
+            found = self._first(scores, np.argpartition(-scores, few - 1)[:few], limit, accept)
+            if len(found) < limit and few < n:  # most of the nearest are of other clients, sizes or namespaces
+                found = self._first(scores, np.arange(n), limit, accept)
+            return found
+
+    def _first(
+        self, scores: Vector, rows: NDArray[np.intp], limit: int, accept: Callable[[OpenRequest], bool]
+    ) -> list[tuple[OpenRequest, float]]:
+        out: list[tuple[OpenRequest, float]] = []
+        for row in rows[np.argsort(-scores[rows])]:
+            item = self._items[row]
+            if item is not None and accept(item):
+                out.append((item, max(0.0, float(scores[row]))))
+                if len(out) == limit:
+                    break
+        return out
 
     def keep_only(self, ids: Iterable[str]) -> None:
         """Drop what the ledger says is no longer open."""

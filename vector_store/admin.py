@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from modm_tasks.errors import InvalidInputError, SourceImageError
+from vector_store.backends import codes_for
 from vector_store.cache import ImageCache, collection_name
 from vector_store.entries import ImageEntry, entry_of
 from vector_store.eviction import Held, choose
@@ -34,7 +35,7 @@ def stats(cache: ImageCache, namespace: str | None = None) -> dict[str, Any]:
         "capacity": cache.settings.cache.capacity,
         "eviction": cache.settings.cache.eviction,
         "admission": cache.settings.cache.admission,
-        "quantisation": cache.settings.cache.quantisation,
+        "quantisation": codes_for(cache.settings.cache.quantisation, cache.settings.cache.capacity),
         "namespaces": {name: _namespace_stats(cache, name) for name in names},
         "hit_age_s": {f"p{q}": float(np.percentile(ages, q)) for q in (50, 90, 99)} if len(ages) else {},
         "files": files,

@@ -26,7 +26,7 @@ from vector_store.eviction import Held, choose
 log = logging.getLogger(__name__)
 
 #: Results fetched at once when a condition that most images meet is checked here and not by the engine.
-_LOOK_AHEAD = 16
+_LOOK_AHEAD = 4
 _HELD_FIELDS = ("seq", "created_s", "last_used_s", "utility")
 
 

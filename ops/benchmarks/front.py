@@ -35,7 +35,6 @@ from vector_store.cache import ImageCache
 from vector_store.embedder import load_embedder
 from vector_store.entries import ImageEntry
 
-
 #: Threads and connections are made in the first second: it is reported by itself.
 FIRST_S = 1.0
 

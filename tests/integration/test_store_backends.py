@@ -10,6 +10,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from modm_tasks.errors import (
     UnavailableError,
 )
 from modm_tasks.settings import CacheSettings, Settings
-from vector_store.backends import Filter, Point, VectorBackend, open_backend
+from vector_store.backends import Filter, Point, VectorBackend, codes_for, open_backend
 from vector_store.embedder import Vector, unit_rows
 
 SERVER = os.environ.get("MODM_TEST_QDRANT_URL", "")
@@ -199,6 +200,29 @@ def test_points_survive_a_restart(persistent: str, tmp_path: Path) -> None:
     assert second.search(NAME, vectors(25)[7])[0].id == uid(7)
     assert [p.payload["seq"] for p in second.extremes(NAME, "seq", limit=1, largest=True)] == [24]
     second.close()
+
+
+@pytest.mark.parametrize(
+    ("setting", "capacity", "codes"),
+    [("auto", 2_000, "none"), ("auto", 10_000, "int8"), ("auto", 200_001, "binary"), ("none", 10**6, "none")],
+)
+def test_codes_follow_the_capacity(setting: Literal["auto", "none"], capacity: int, codes: str) -> None:
+    assert codes_for(setting, capacity) == codes
+
+
+@pytest.mark.parametrize("later", ["edge-int8", "edge-binary"])
+def test_a_store_made_without_codes_opens_with_them(later: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    rows = unit_rows(rng.standard_normal((5000, 256)))
+    before = open_store("edge", tmp_path)
+    before.create(NAME, 256)
+    before.upsert(NAME, [Point(id=uid(i), vector=row, payload={"seq": i}) for i, row in enumerate(rows)])
+    before.close()
+    after = open_store(later, tmp_path)
+    assert after.tidy(NAME)
+    assert [after.search(NAME, row)[0].id for row in rows[::500]] == [uid(i) for i in range(0, 5000, 500)]
+    assert after.count(NAME) == 5000
+    after.close()
 
 
 @pytest.mark.parametrize("codes", ["int8", "binary"])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from modm_tasks.errors import ConfigError
 from modm_tasks.settings import Settings
-from vector_store.backends.base import Filter, Point, Scored, VectorBackend
+from vector_store.backends.base import Filter, Point, Scored, VectorBackend, codes_for
 
-__all__ = ["Filter", "Point", "Scored", "VectorBackend", "open_backend"]
+__all__ = ["Filter", "Point", "Scored", "VectorBackend", "codes_for", "open_backend"]
 
 
 def open_backend(settings: Settings) -> VectorBackend:
@@ -15,7 +15,8 @@ def open_backend(settings: Settings) -> VectorBackend:
     Raises StoreInUseError where another process holds an embedded store, UnavailableError where a server does not
     answer, ConfigError for another form.
     """
-    url, quantisation = settings.qdrant_url, settings.cache.quantisation
+    url = settings.qdrant_url
+    quantisation = codes_for(settings.cache.quantisation, settings.cache.capacity)
     if url == "edge:":
         from vector_store.backends.edge import EdgeBackend
 
