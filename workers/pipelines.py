@@ -56,7 +56,8 @@ def load_pair(entry: ModelEntry, options: WorkerSettings, device: torch.device) 
         raise ConfigError(problem, field="model")
     # On a CPU bfloat16 gained 14 % with scenes-large and lost 23 % with scenes-small (docs/models.md): not worth its noise.
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, entry.dtype)
-    common: dict[str, Any] = {"torch_dtype": dtype}
+    # Never a pickle: where a model has none but .bin files, loading says so.
+    common: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
     if importlib.util.find_spec("accelerate") is None:
         common["low_cpu_mem_usage"] = False  # what diffusers falls back to, with four lines of warning
     arguments: dict[str, Any] = common | load_arguments(options, dtype)
@@ -91,7 +92,7 @@ def absent_parts(folder: Path) -> list[str]:
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     kind = getattr(diffusers, str(index["_class_name"]), None)
     wanted = inspect.signature(kind.__init__).parameters if kind is not None else {}
-    saved = {name for name, value in index.items() if isinstance(value, list) and value[0] is not None}
+    saved = {name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None}
     return [
         name
         for name, parameter in wanted.items()
