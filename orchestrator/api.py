@@ -55,6 +55,8 @@ def _validation_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"] if part not in {"body", "query", "path"})
+    if len(field) > 120 or not field.isprintable():  # a name that the caller made up
+        field = ascii(field[:120])[1:-1]
     reason = str(first["msg"]).removeprefix("Value error, ")
     return _modm_error(_, InvalidInputError(f"{field or 'body'}: {reason}", field=field or None))
 
