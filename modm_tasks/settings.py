@@ -133,7 +133,9 @@ class SloSettings(Section):
     degrade: bool = Field(False, description="Lower quality within the floors before refusing.")
     floor_threshold_rungs: int = Field(1, ge=0, description="How many rungs the hit threshold may fall.")
     floor_steps: int = Field(30, ge=1, le=1000, description="Fewest steps of a large image under degradation.")
-    fallback_small_model: str = Field("", description="Faster small model for the last step of degradation; empty = none.")
+    fallback_small_model: str = Field(
+        "", description="Faster small model for the last step of degradation; empty = none."
+    )
 
 
 class Settings(BaseSettings):

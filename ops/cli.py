@@ -21,8 +21,19 @@ def _say(text: str) -> None:
     typer.echo(text, err=True)
 
 
+#: Signals that asked `modm up` to end. An exception that is raised while an object is deleted is lost, so it is noted too.
+_asked_to_end: list[int] = []
+
+
 def _interrupted(signum: int, frame: FrameType | None) -> None:
+    _asked_to_end.append(signum)
     raise KeyboardInterrupt
+
+
+def _say_unless_ended(text: str) -> None:
+    _say(text)
+    if _asked_to_end:
+        raise KeyboardInterrupt
 
 
 @handle_errors
@@ -42,8 +53,9 @@ def up(
     if mode not in {None, "pooled", "roles"}:
         raise ConfigError(f"mode must be pooled or roles, not {mode!r}", field="mode")
     # Whoever ends `modm up` half way must not leave half a stack.
-    signal.signal(signal.SIGTERM, _interrupted)
-    state = stack.up(settings, stack.UpOptions(workers=workers, flower=not no_flower, mode=mode), _say)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _interrupted)
+    state = stack.up(settings, stack.UpOptions(workers=workers, flower=not no_flower, mode=mode), _say_unless_ended)
     if as_json:
         typer.echo(stack.as_json(state))
     else:
