@@ -9,7 +9,7 @@ export TORCH TORCH_INDEX PYTHON
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-setup: ## make .venv from requirements.lock (TORCH=cuda|cpu|rocm, TORCH_INDEX=...)
+setup: ## make .venv from requirements.lock (TORCH=cuda|cpu|rocm, TORCH_INDEX=...; the choice is kept)
 	@ops/setup.sh
 
 test: setup ## all tests (PYTEST_ARGS adds to the command)
