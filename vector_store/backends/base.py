@@ -24,7 +24,7 @@ INDEXED: dict[str, Literal["integer", "keyword"]] = {
 OVERSAMPLING: dict[str, float] = {"int8": 4.0, "binary": 512.0}
 
 #: ``auto``: exact up to the first size, int8 up to the second, binary above (decision record 0010).
-EXACT_UP_TO, INT8_UP_TO = 2_000, 200_000
+EXACT_UP_TO, INT8_UP_TO = 2_000, 50_000
 
 
 def codes_for(setting: Literal["auto", "none", "int8", "binary"], capacity: int) -> Quantisation:
