@@ -53,13 +53,13 @@ def _small(checkpoints: Path) -> None:
 
 def _module(name: str) -> Callable[[Path], None]:
     def run(checkpoints: Path) -> None:
-        command = [sys.executable, "-m", f"ops.scenes.{name}", "--work", str(checkpoints.parent)]
+        command = [sys.executable, "-m", name, "--work", str(checkpoints.parent)]
         subprocess.run(command, check=True)
 
     return run
 
 
-#: In order. The last four need the shipped weights of all three models.
+#: In order. The last five need the shipped weights of all three models.
 STAGES: dict[str, Callable[[Path], None]] = {
     "vae": train_vae,
     "text": train_text,
@@ -68,9 +68,10 @@ STAGES: dict[str, Callable[[Path], None]] = {
     "small": _small,
     "large": _large,
     "prompts": lambda _: write_eval_prompts(),
-    "calibrate": _module("calibrate"),
-    "trace": _module("trace"),
-    "evaluate": _module("evaluate"),
+    "calibrate": _module("ops.scenes.calibrate"),
+    "floors": _module("ops.calibration.scenes_floors"),
+    "trace": _module("ops.scenes.trace"),
+    "evaluate": _module("ops.scenes.evaluate"),
 }
 
 
