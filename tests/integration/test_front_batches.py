@@ -71,6 +71,7 @@ def test_tokens_survive_a_dropped_connection(service: Service) -> None:
 def test_no_broker_is_no_error(settings: SettingsFactory, service: Service) -> None:
     away = settings(redis_url="redis://127.0.0.1:1/0")
     Tokens(make_app(away), service.ledger).send(QUEUE, new_request_id(), MISS)
+    assert service.ledger.list_length(QUEUE) == 0
 
 
 def test_the_later_of_a_batch_may_wait_on_the_earlier(service: Service) -> None:
