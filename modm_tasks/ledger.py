@@ -230,12 +230,15 @@ class Ledger(LedgerReads):
         return "cancelled" if word == "cancelled" else "ok"
 
     @guarded
-    def finish(self, request_id: str, attempt: int, completion: Completion) -> None:
-        """Publish the result, once. Raises LeaseLostError where another attempt owns the request."""
+    def finish(self, request_id: str, attempt: int, completion: Completion, *, device: str = "") -> None:
+        """Publish the result, once. Raises LeaseLostError where another attempt owns the request.
+
+        ``device``: name of the device that drew it, whose own seconds per step are learned from it.
+        """
         bare = completion.model_copy(update={"vector": ""})
         self._owned(
             "FINISH", request_id, attempt, bare.model_dump_json(), completion.vector, completion.model,
-            completion.steps_run, completion.gpu_s,
+            completion.steps_run, completion.gpu_s, device,
         )  # fmt: skip
 
     @guarded

@@ -141,6 +141,13 @@ class LedgerReads(ClusterState):
         return {i for i, there in zip(request_ids, pipe.execute(), strict=True) if there}
 
     @guarded
+    def device_step_s(self) -> dict[tuple[str, str], float]:
+        """``step_s`` of each (model, device name)."""
+        rows: dict[str, str] = self.redis.hgetall(f"{self.prefix}device_step_s")
+        found = ((name.partition("\t"), float(value)) for name, value in rows.items())
+        return {(model, device): value for (model, _, device), value in found}
+
+    @guarded
     def now_s(self) -> float:
         """The Redis clock, Unix seconds: the one clock of all records."""
         seconds, micros = self.redis.time()

@@ -57,7 +57,7 @@ return {'ok'}
 """
 )
 
-#: id, attempt, completion JSON (without vector), vector, model, steps run, gpu_s
+#: id, attempt, completion JSON (without vector), vector, model, steps run, gpu_s, device name (or '')
 FINISH = (
     PRELUDE
     + _OWNED
@@ -67,9 +67,13 @@ move(id, 'done', '')
 redis.call('ZADD', P .. 'unadmitted', now, id)
 local m = 'model:' .. ARGV[5]
 count(m .. ':n'); count(m .. ':steps', ARGV[6]); count(m .. ':gpu_s', ARGV[7])
-redis.call('HSET', P .. 'step_s', ARGV[5], string.format('%.6f',
-  0.8 * tonumber(redis.call('HGET', P .. 'step_s', ARGV[5]) or ARGV[7] / math.max(1, tonumber(ARGV[6])))
-  + 0.2 * ARGV[7] / math.max(1, tonumber(ARGV[6]))))
+local took = ARGV[7] / math.max(1, tonumber(ARGV[6]))
+local function learn(table, field)
+  redis.call('HSET', P .. table, field,
+    string.format('%.6f', 0.8 * tonumber(redis.call('HGET', P .. table, field) or took) + 0.2 * took))
+end
+learn('step_s', ARGV[5])
+if ARGV[8] ~= '' then learn('device_step_s', ARGV[5] .. '\t' .. ARGV[8]) end
 return {'ok'}
 """
 )

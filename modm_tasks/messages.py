@@ -193,6 +193,10 @@ class WorkerStatus(Message):
     started_s: float
     rss_mib: float = 0.0
     swap_s: dict[str, float] = Field(default_factory=dict, description="Measured price of making a model resident")
+    device_name: str = Field("", description="Workers of one name are taken to be equally fast")
+    profile_step_s: dict[str, float] = Field(
+        default_factory=dict, description="Seconds per step by model, of `modm profile --save` on the worker's machine"
+    )
 
 
 def new_request_id() -> str:

@@ -89,6 +89,7 @@ class WorkerSettings(Section):
     fake_small_s: float = Field(0.04, ge=0, description="Seconds of a fake 50-step small image.")
     fake_swap_s: float = Field(0.0, ge=0, description="Above 0: one fake model fits at a time, loaded in this time.")
     device: str = Field("auto", description="auto | cpu | cuda | mps.")
+    device_name: str = Field("", description="Workers of one name share learned speeds; default: what the device says.")
     threads: int = Field(0, ge=0, description="CPU threads of one worker; 0 = cores divided by workers.")
     lease_s: PositiveS = Field(15.0, description="Life of a claim without renewal.")
     max_attempts: int = Field(3, ge=1, description="Attempts before a request is reported failed.")

@@ -31,7 +31,7 @@ def run(
     from modm_tasks.settings import load_settings
     from orchestrator.controller.decide import check_allocation
     from orchestrator.controller.loop import Controller
-    from orchestrator.controller.observe import profiled
+    from orchestrator.controller.prices import profiled
 
     given = {
         "allocation": allocation,

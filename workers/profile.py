@@ -10,13 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -35,6 +33,7 @@ def draws(settings: Settings, *, images: int) -> dict[str, Any]:
     """
     from modm_tasks.image_store import ImageStore
     from vector_store.embedder import load_embedder
+    from workers.device import device_name
     from workers.engine import GenerateParams, RefineParams
     from workers.pinning import served_models
     from workers.runtime import make_engine
@@ -45,7 +44,8 @@ def draws(settings: Settings, *, images: int) -> dict[str, Any]:
     _say("ready")
     sys.stdin.readline()
     steps = settings.num_inference_steps
-    out: dict[str, Any] = {"device": device_name(engine.device), "steps": steps, "models": {}, "store_s": []}
+    device = settings.worker.device_name or device_name(engine.device)
+    out: dict[str, Any] = {"device": device, "steps": steps, "models": {}, "store_s": []}
     with tempfile.TemporaryDirectory() as folder:
         store = ImageStore(folder)
         for model in models:
@@ -96,20 +96,6 @@ def combine(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "overhead_s": round(median(s for one in found for s in one["store_s"]), 4),
         "models": models,
     }
-
-
-def device_name(kind: str) -> str:
-    """``NVIDIA A40`` or the processor's name with the number of cores that may be used."""
-    if kind in {"cuda", "mps"}:
-        import torch
-
-        return str(torch.cuda.get_device_name()) if kind == "cuda" else "Apple GPU"
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if os.path.exists("/proc/cpuinfo") else []
-    model = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-    word = "fake engine on " if kind == "fake" else ""
-    return f"{word}{len(os.sched_getaffinity(0))}-core {model}, no GPU"
 
 
 def measure(*, workers: int, images: int) -> dict[str, Any]:

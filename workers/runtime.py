@@ -23,6 +23,7 @@ from modm_tasks.messages import WorkerStatus
 from modm_tasks.safety import load_hook
 from modm_tasks.settings import Settings
 from workers.catalogue import check_pair, named
+from workers.device import device_name, profiled_step_s
 from workers.engine import Engine
 from workers.memory import rss_mib
 from workers.pinning import gpu_of, served_models
@@ -62,6 +63,8 @@ class Runtime:
     ) -> None:
         self.settings, self.worker = settings, worker
         self.engine, self.embedder, self.store, self.ledger = engine, embedder, store, ledger
+        self.device_name = settings.worker.device_name or device_name(engine.device)
+        self._profile_step_s = profiled_step_s(settings, self.device_name)
         self.safety_hook = load_hook(settings.safety_hook)
         self.busy_with: str | None = None
         self.unwell: str | None = None
@@ -148,6 +151,8 @@ class Runtime:
             started_s=self._started_s,
             rss_mib=rss_mib(),
             swap_s=self.engine.swap_s(),
+            device_name=self.device_name,
+            profile_step_s=self._profile_step_s,
         )
 
     def publish(self) -> None:

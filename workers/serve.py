@@ -142,7 +142,7 @@ def _attempt(runtime: Runtime, record: RequestRecord, lease: Lease, written: lis
             _drop(runtime, written)
             return State.CANCELLED
         return f"verification failed, {TO_LARGE}"
-    _insist(lambda: ledger.finish(record.id, record.attempt, completion))
+    _insist(lambda: ledger.finish(record.id, record.attempt, completion, device=runtime.device_name))
     verify.drop_fallback(runtime, record)
     return "done"
 

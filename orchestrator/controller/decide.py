@@ -17,10 +17,11 @@ from orchestrator.controller import history, roles
 from orchestrator.controller.members import Members
 from orchestrator.controller.metrics import Metrics
 from orchestrator.controller.observe import inputs, plain, read, snapshot_of
+from orchestrator.controller.prices import worker_speeds
 from orchestrator.controller.rules import Rules
-from orchestrator.decisions.allocation.assign import assign_roles
+from orchestrator.decisions.allocation.assign import become_large
 from orchestrator.decisions.allocation.registry import POLICIES, allocate
-from orchestrator.decisions.snapshot import Allocation, ClusterSnapshot, PolicyState
+from orchestrator.decisions.snapshot import Allocation, ClusterSnapshot, PolicyState, WorkerSpeed
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,9 @@ class Decider:
             sum(role == "large" for role in current.values()) if current else first_large(rules, len(members.here))
         )
         readings = read(self.ledger, self.settings, rules, ready)
-        snapshot = snapshot_of(readings, rules, self.settings, members=members.here, n_large=n_large)
+        busy = {r.worker for r in readings.running if r.worker}
+        order = become_large_order(members.here, desired, busy, worker_speeds(readings, self.settings))
+        snapshot = snapshot_of(readings, rules, self.settings, members=order, n_large=n_large)
         keep = why in EVENTS and rules.allocation.startswith("modm-") and self._n_large is not None
         if keep:
             assert self._n_large is not None
@@ -89,8 +92,7 @@ class Decider:
             choice, self._state = allocate(rules.allocation, snapshot, self._state, variant=rules.variant)
             self._n_large = choice.n_large
             self._decided = time.monotonic()
-        busy = {r.worker for r in readings.running if r.worker}
-        changes = self._write_roles(members, desired, current, choice, busy)
+        changes = self._write_roles(order, desired, current, choice)
         self._overload(rules, choice, snapshot)
         self._save(snapshot)
         self._note(rules, members, snapshot, choice, changes, why)
@@ -98,19 +100,16 @@ class Decider:
 
     def _write_roles(
         self,
-        members: Members,
+        order: Sequence[str],
         desired: Mapping[str, DesiredRole],
         current: Mapping[str, Role],
         choice: Allocation,
-        busy: set[str],
     ) -> dict[str, str]:
-        pinned = {w for w in members.here if w in desired and desired[w].pinned}
-        free = [w for w in members.here if w not in pinned]
-        large = choice.n_large - sum(current[w] == "large" for w in pinned)
         changes: dict[str, str] = {}
-        for worker, role in assign_roles(free, large, current, busy).items():
+        for place, worker in enumerate(order):
+            role: Role = "large" if place < choice.n_large else "small"
             old = current.get(worker)
-            if role == old:
+            if role == old or (worker in desired and desired[worker].pinned):
                 continue
             seen = desired[worker].epoch if worker in desired else 0
             if roles.decide(self.ledger, worker, role, reason=choice.reason, seen_epoch=seen) is None:
@@ -176,6 +175,21 @@ class Decider:
         self.metrics.decided(rules, snapshot, choice)
         level = logging.INFO if changes or why != "period" else logging.DEBUG
         log.log(level, "%d of %d large (%s): %s", choice.n_large, len(members.here), why, choice.reason)
+
+
+def become_large_order(
+    here: Sequence[str], desired: Mapping[str, DesiredRole], busy: set[str], speeds: Mapping[str, WorkerSpeed]
+) -> list[str]:
+    """`become_large` with the pinned workers where they stay: large ones first, small ones last."""
+    roles_now: dict[str, Role] = {w: desired[w].role for w in here if w in desired}
+    pinned = [w for w in here if w in desired and desired[w].pinned]
+    free = [w for w in here if w not in pinned]
+    took = {name: speed.large_s for name, speed in speeds.items()}
+    return [
+        *(w for w in pinned if roles_now[w] == "large"),
+        *become_large(free, roles_now, busy, took),
+        *(w for w in pinned if roles_now[w] == "small"),
+    ]
 
 
 def first_large(rules: Rules, n: int) -> int:

@@ -14,16 +14,13 @@ from modm_tasks.queues import LARGE_GEN, SMALL_REFINE
 from modm_tasks.redis_client import guarded
 from modm_tasks.settings import Settings
 from orchestrator.controller import roles
+from orchestrator.controller.prices import devices, faster_small_s, mean_speed, model_step_s, profiled, worker_speeds
 from orchestrator.controller.rules import Rules
-from orchestrator.decisions.snapshot import ClusterSnapshot
-from orchestrator.device_profiles import LOCAL_FILE, load_profile
-from orchestrator.model_names import canonical
+from orchestrator.decisions.forecast import forecast_per_min
+from orchestrator.decisions.snapshot import ClusterSnapshot, WorkerSpeed
 
 #: So many waiting requests of a queue are looked at one by one; the rest count as the average of these.
 SAMPLE = 300
-#: Seconds of a small image over those of a large one until both are measured: SDXL and SD3.5-L on an MI210, 16.5 s and
-#: 91.5 s (modm-facts A9).
-SMALL_SHARE = 16.5 / 91.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +41,7 @@ class Readings:
     waiting: Mapping[str, Sequence[Waiting]] = field(default_factory=dict)
     running: Sequence[RequestRecord] = ()
     step_s: Mapping[str, float] = field(default_factory=dict)
+    device_step_s: Mapping[tuple[str, str], float] = field(default_factory=dict)
     prior_step_s: Mapping[str, float] = field(default_factory=dict)
     ready: Sequence[WorkerStatus] = ()
     since_s: Mapping[str, float] = field(default_factory=dict)
@@ -60,21 +58,11 @@ def read(ledger: Ledger, settings: Settings, rules: Rules, ready: Sequence[Worke
         waiting={queue: _waiting(ledger, queue, settings.num_inference_steps) for queue in (LARGE_GEN, SMALL_REFINE)},
         running=ledger.get_many(ledger.index("running", limit=10_000)),
         step_s=ledger.step_s(),
+        device_step_s=ledger.device_step_s(),
         prior_step_s=profiled(settings),
         ready=tuple(ready),
         since_s={name: state.at_s for name, state in roles.applied(ledger).items()},
     )
-
-
-def profiled(settings: Settings) -> dict[str, float]:
-    """Seconds per step by model before anything is learned: the profile of the settings, else this machine's own.
-
-    Raises NotFoundError, InvalidInputError: the settings name a profile that is not there, or is none.
-    """
-    name = settings.controller.profile or str(settings.home / LOCAL_FILE)
-    if not settings.controller.profile and not (settings.home / LOCAL_FILE).is_file():
-        return {}
-    return load_profile(name).step_s()
 
 
 @guarded
@@ -99,10 +87,12 @@ def steps_to_run(asked: int, skipped: int, total_steps: int) -> int:
 def snapshot_of(
     readings: Readings, rules: Rules, settings: Settings, *, members: Sequence[str], n_large: int
 ) -> ClusterSnapshot:
-    """The snapshot for ``members`` (who take part), of which ``n_large`` are large now."""
+    """The snapshot for ``members``, in the order in which they become large, of which ``n_large`` are large now."""
     total = settings.num_inference_steps
-    large_step_s, small_step_s = model_step_s(readings, settings)
-    large_s, small_s = large_step_s * total, small_step_s * total
+    own = worker_speeds(readings, settings)
+    known = tuple(own[name] for name in members if name in own)
+    large_s, small_s = mean_speed(known) if known else (x * total for x in model_step_s(readings, settings))
+    large_step_s, small_step_s = large_s / total, small_s / total
     window = _sum(readings.series)
     hits, misses = window.get("hits", 0.0), max(0.0, window.get("misses", 0.0))
     rate = arrivals_per_min(readings.series, rules.bucket_s, readings.now_s)
@@ -116,14 +106,14 @@ def snapshot_of(
         small_s=small_s,
         total_steps=total,
         arrivals_per_min=rate,
-        forecast_per_min=forecast_per_min(readings.series, rules, readings.now_s) if rules.forecasts else None,
+        forecast_per_min=forecast(readings.series, rules, readings.now_s) if rules.forecasts else None,
         hit_rate=hits / (hits + misses) if hits + misses > 0 else 0.0,
         k_histogram=k_histogram(window),
         backlog_large=queues[LARGE_GEN],
         backlog_small=queues[SMALL_REFINE],
         backlog_large_s=_work_s(readings, LARGE_GEN, large_step_s),
         backlog_small_s=_work_s(readings, SMALL_REFINE, small_step_s),
-        running_s=running_s(readings, settings, large_step_s, small_step_s),
+        running_s=running_s(readings, settings, large_step_s, small_step_s, own),
         slo_s=settings.slo.multiple * (settings.slo.large_latency_s or large_s),
         oldest_large_s=_oldest_s(readings, LARGE_GEN),
         oldest_small_s=_oldest_s(readings, SMALL_REFINE),
@@ -137,42 +127,8 @@ def snapshot_of(
         floor_threshold_rungs=settings.slo.floor_threshold_rungs,
         floor_steps=settings.slo.floor_steps,
         faster_small_s=faster_small_s(readings, settings),
+        speeds=known if len(known) == len(members) else (),
     )
-
-
-def faster_small_s(readings: Readings, settings: Settings) -> float | None:
-    """Seconds of a full image of the fallback small model: learned, else profiled. None = not set, or not known yet."""
-    name = settings.slo.fallback_small_model
-    if not name:
-        return None
-    for table in (readings.step_s, readings.prior_step_s):
-        for known in (name, canonical(name, settings)):
-            if table.get(known, 0.0) > 0:
-                return float(table[known]) * settings.num_inference_steps
-    return None
-
-
-def model_step_s(readings: Readings, settings: Settings) -> tuple[float, float]:
-    """Seconds per step of the large and the small model: learned, else profiled, else guessed from the other, else 0.
-
-    Without the guess a cold system would wait for its first hit before it moves a single worker.
-
-    A model may stand under the name of the settings or under its catalogue name, which the workers report.
-    """
-
-    def find(names: set[str]) -> float:
-        for table in (readings.step_s, readings.prior_step_s):
-            for name in sorted(names):
-                if table.get(name, 0.0) > 0:
-                    return float(table[name])
-        return 0.0
-
-    large = {settings.large_model, *(w.large_model for w in readings.ready)}
-    small = {settings.small_model, *(w.small_model for w in readings.ready)}
-    large_s, small_s = find(large), find(small)
-    if not large_s and settings.slo.large_latency_s:
-        large_s = settings.slo.large_latency_s / settings.num_inference_steps
-    return large_s or small_s / SMALL_SHARE, small_s or large_s * SMALL_SHARE
 
 
 def arrivals_per_min(series: Sequence[Mapping[str, float]], bucket_s: float, now_s: float) -> float:
@@ -189,22 +145,16 @@ def arrivals_per_min(series: Sequence[Mapping[str, float]], bucket_s: float, now
     return 60 * sum(n for _, n in counts) / seconds
 
 
-def forecast_per_min(series: Sequence[Mapping[str, float]], rules: Rules, now_s: float) -> float | None:
-    """Load half a period ahead: a straight line through the whole buckets since the first arrival, by least squares.
-
-    Bounded to 0 .. 2 times the mean, because a line through few points runs away. None with fewer than four buckets.
-    """
-    whole = [(row["at_s"] + rules.bucket_s / 2, _work(row)) for row in series if row["at_s"] + rules.bucket_s <= now_s]
+def forecast(series: Sequence[Mapping[str, float]], rules: Rules, now_s: float) -> float | None:
+    """Load half a period ahead, from the whole buckets since the first arrival. None with fewer than four of them."""
+    whole = [(row["at_s"], _work(row)) for row in series if row["at_s"] + rules.bucket_s <= now_s]
     while whole and whole[0][1] <= 0:
         whole.pop(0)
     if len(whole) < 4:
         return None
-    mean_x = sum(x for x, _ in whole) / len(whole)
-    mean_y = sum(y for _, y in whole) / len(whole)
-    spread = sum((x - mean_x) ** 2 for x, _ in whole)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in whole) / spread
-    ahead = mean_y + slope * (now_s + rules.period_s / 2 - mean_x)
-    return 60 / rules.bucket_s * max(0.0, min(2 * mean_y, ahead))
+    middle_s = whole[-1][0] + rules.bucket_s / 2
+    counts = [n for _, n in whole]
+    return forecast_per_min(counts, bucket_s=rules.bucket_s, ahead_s=now_s + rules.period_s / 2 - middle_s)
 
 
 def k_histogram(window: Mapping[str, float]) -> dict[int, float]:
@@ -214,8 +164,14 @@ def k_histogram(window: Mapping[str, float]) -> dict[int, float]:
     return {k: n for k, n in sorted(found.items()) if n > 0}
 
 
-def running_s(readings: Readings, settings: Settings, large_step_s: float, small_step_s: float) -> tuple[float, ...]:
-    """Predicted seconds until each busy worker is free, ascending; hits at the small model's speed."""
+def running_s(
+    readings: Readings,
+    settings: Settings,
+    large_step_s: float,
+    small_step_s: float,
+    own: Mapping[str, WorkerSpeed] | None = None,
+) -> tuple[float, ...]:
+    """Predicted seconds until each busy worker is free, ascending; hits at the small model's speed; each at its ``own``."""
     total = settings.num_inference_steps
     left = []
     for record in readings.running:
@@ -223,7 +179,11 @@ def running_s(readings: Readings, settings: Settings, large_step_s: float, small
         hit = decision is not None and decision.route is Route.SMALL_REFINE
         skipped = decision.skipped_steps if decision is not None and hit else 0
         steps = steps_to_run(record.request.num_inference_steps or total, skipped, total)
-        left.append(max(0, steps - record.step) * (small_step_s if hit else large_step_s))
+        speed = (own or {}).get(record.worker or "")
+        step_s = small_step_s if hit else large_step_s
+        if speed is not None:
+            step_s = (speed.small_s if hit else speed.large_s) / total
+        left.append(max(0, steps - record.step) * step_s)
     return tuple(sorted(left))
 
 
@@ -269,6 +229,7 @@ def inputs(snapshot: ClusterSnapshot) -> dict[str, Any]:
         "miss_per_min": snapshot.miss_per_min,
         "hit_work_per_min": snapshot.hit_work_per_min,
     }
+    rows["speeds"] = devices(snapshot.speeds)
     return {name: plain(value) for name, value in rows.items()}
 
 

@@ -51,9 +51,14 @@ def explained(answer: Mapping[str, Any]) -> str:
         lines += ["", f"{at}  {tick['allocation']}: {tick['n_large']} of {tick['n']} large ({tick['why']})"]
         lines.append(f"  reason: {tick['reason']}")
         seen = ", ".join(
-            f"{name} {_short(value)}" for name, value in tick["inputs"].items() if value and name != "now_s"
+            f"{name} {_short(value)}"
+            for name, value in tick["inputs"].items()
+            if value and name not in {"now_s", "speeds"}
         )
         lines += textwrap.wrap(f"saw: {seen}", WIDTH, initial_indent="  ", subsequent_indent="       ")
+        for device, row in (tick["inputs"].get("speeds") or {}).items():
+            many = f"{row['workers']} worker{'s' if row['workers'] != 1 else ''}"
+            lines.append(f"  on {device}: {many}, large {_short(row['large_s'])} s, small {_short(row['small_s'])} s")
         for candidate in tick["candidates"]:
             mark = "*" if candidate.get("n_large") == tick["n_large"] else " "
             lines.append(f"  {mark} " + "  ".join(f"{k}={_short(v)}" for k, v in candidate.items()))

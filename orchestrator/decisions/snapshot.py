@@ -8,12 +8,24 @@ from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
+class WorkerSpeed:
+    """What a full T-step image costs on one worker, seconds."""
+
+    worker: str
+    device: str
+    large_s: float
+    small_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterSnapshot:
     """One look at the cluster. Times in seconds, rates per minute.
 
-    ``large_s`` and ``small_s`` are seconds of a full T-step image on one worker; 60 / them are P_L and P_S of the paper's
-    equations. ``k_histogram`` counts the hits of the window by skipped steps. Work in the queues comes in requests and in
-    predicted GPU seconds (hits at the small model's speed). ``since_move_s`` holds, by worker, how long it has its role.
+    ``large_s`` and ``small_s`` are seconds of a full T-step image on one worker (where ``speeds`` differ, on one of the mean
+    rate); 60 / them are P_L and P_S of the paper's equations. ``speeds``: of every worker, in the order in which they become
+    large; empty = all alike. ``k_histogram`` counts the hits of the window by skipped steps. Work in the queues comes in
+    requests and in predicted GPU seconds (hits at the small model's speed). ``since_move_s`` holds, by worker, how long it
+    has its role.
     """
 
     now_s: float
@@ -44,6 +56,7 @@ class ClusterSnapshot:
     floor_threshold_rungs: int = 1
     floor_steps: int = 30
     faster_small_s: float | None = None
+    speeds: tuple[WorkerSpeed, ...] = ()
 
     @property
     def rate_per_min(self) -> float:
@@ -100,7 +113,8 @@ class Allocation:
 class PolicyState:
     """What a policy remembers between decisions; the controller keeps it as JSON in Redis.
 
-    ``current`` is the PID's own, unrounded number of large workers; None = no decision yet.
+    ``current`` is the PID's own, unrounded number of large workers; None = no decision yet. ``wish``: the direction in which
+    `slo` has wanted to move since ``wish_since_s``, 0 = none.
     """
 
     current: float | None = None
@@ -110,6 +124,8 @@ class PolicyState:
     degradation: int = 0
     degradation_changed_s: float = float("-inf")
     calm_since_s: float | None = None
+    wish: int = 0
+    wish_since_s: float = float("-inf")
 
     def to_json(self) -> dict[str, Any]:
         """Without infinities, which JSON does not have."""

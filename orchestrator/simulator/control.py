@@ -31,7 +31,7 @@ class Controller:
     def snapshot(self) -> ClusterSnapshot:
         c, sim, fleet = self.config, self.sim, self.sim.fleet
         totals = sim.windows.totals(sim.now)
-        per_min, forecast = sim.windows.rates(sim.now)
+        per_min, forecast = sim.windows.rates(sim.now, c.period_s / 2)
         hist = {int(name[2:]): float(count) for name, count in totals.items() if name.startswith("k:")}
         hits, misses = sum(hist.values()), totals["misses"]
         large, small = fleet.queues[LARGE_GEN], fleet.queues[SMALL_REFINE]

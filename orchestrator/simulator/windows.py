@@ -33,7 +33,7 @@ class Windows:
             total.update(counts)
         return total
 
-    def rates(self, now_s: float) -> tuple[float, float]:
+    def rates(self, now_s: float, ahead_s: float) -> tuple[float, float]:
         """(arrivals per minute over the window, forecast). Before the first full window: over the time that passed."""
         total = self.totals(now_s)["arrivals"]
         seen_s = min(self.window_s, max(now_s, self.bucket_s))
@@ -43,4 +43,4 @@ class Windows:
         n = int(seen_s // self.bucket_s)
         # The bucket that is being filled would look like a fall in load.
         series = [by_index.get(last - n + i, 0) for i in range(n)]
-        return per_min, forecast_per_min(series, bucket_s=self.bucket_s, ahead_s=self.window_s / 2)
+        return per_min, forecast_per_min(series, bucket_s=self.bucket_s, ahead_s=ahead_s)

@@ -11,7 +11,7 @@ from modm_tasks.cluster import Control
 from modm_tasks.messages import Decision, RequestRecord, Route, State, SubmitRequest, WorkerStatus
 from modm_tasks.queues import LARGE_GEN, SMALL_REFINE
 from modm_tasks.settings import ControllerSettings, Settings, SloSettings, WorkerSettings
-from orchestrator.controller import observe
+from orchestrator.controller import observe, prices
 from orchestrator.controller.decide import first_large, kept_share
 from orchestrator.controller.observe import Readings, Waiting, snapshot_of
 from orchestrator.controller.rules import Rules
@@ -33,10 +33,12 @@ def record(name: str, *, route: Route, k: int = 0, step: int = 0, steps: int | N
     return RequestRecord(id=name, state=State.RUNNING, request=request, decision=decision, step=step)
 
 
-def status(name: str, *, models: tuple[str, ...], swap_s: dict[str, float]) -> WorkerStatus:
+def status(
+    name: str, *, models: tuple[str, ...] = (), swap_s: dict[str, float] | None = None, **more: Any
+) -> WorkerStatus:
     return WorkerStatus(
         worker=name, gpu="0", host="h", pid=1, device="fake", models=models, large_model="big-v1", small_model="little",
-        embedder="fake", started_s=0.0, swap_s=swap_s,
+        embedder="fake", started_s=0.0, swap_s=swap_s or {}, **more,
     )  # fmt: skip
 
 
@@ -59,17 +61,16 @@ def test_rates_and_shares_of_the_window() -> None:
     assert (s.n_workers, s.n_large, s.period_s, s.pooled) == (2, 1, 20.0, False)
 
 
-def test_forecast_is_a_line_half_a_period_ahead() -> None:
-    at = 1040.0
-    rising = buckets(1, 2, 3, 4)
-    # Mean 2.5 at 1020 s, slope 0.1/s; 10 s ahead of 1040 is 1050: 2.5 + 3 = 5.5, bounded to twice the mean: 5 a bucket.
-    assert observe.forecast_per_min(rising, rules(), at) == pytest.approx(30.0)
-    steady = buckets(3, 3, 3, 3)
-    assert observe.forecast_per_min(steady, rules(), at) == pytest.approx(18.0)
-    falling = buckets(8, 4, 2, 0)
-    assert observe.forecast_per_min(falling, rules(), at) == 0.0
-    assert observe.forecast_per_min(buckets(0, 0, 5, 5), rules(), at) is None  # two buckets are no trend
-    assert observe.forecast_per_min(steady, rules(), 1035.0) is None  # the last bucket is not whole yet
+def test_the_forecast_is_that_of_the_simulator_half_a_period_ahead() -> None:
+    # 3, 6, 9, 12 a bucket: mean 7.5, slope 3 a bucket, which is more than 2 sqrt(7.5 / 5) = 2.4. The last whole bucket's
+    # middle is 1035 s; half a period of 20 s after 1040 is 1.5 buckets later: 7.5 + 3 (1.5 + 1.5) = 16.5, at most twice 7.5.
+    assert observe.forecast(buckets(3, 6, 9, 12), rules(), 1040.0) == pytest.approx(15 * 6)
+    # 7, 10, 13, 16: mean 11.5, slope 3 against 2 sqrt(11.5 / 5) = 3.03: noise, so the mean.
+    assert observe.forecast(buckets(7, 10, 13, 16), rules(), 1040.0) == pytest.approx(11.5 * 6)
+    # 20, 16, 12, 8: mean 14, slope -4 against 3.3: 14 - 4 * 3 = 2, at least half of 14.
+    assert observe.forecast(buckets(20, 16, 12, 8), rules(), 1040.0) == pytest.approx(7 * 6)
+    assert observe.forecast(buckets(0, 0, 5, 5), rules(), 1040.0) is None  # two buckets are no trend
+    assert observe.forecast(buckets(3, 3, 3, 3), rules(), 1035.0) is None  # the last bucket is not whole yet
 
 
 def test_backlog_in_gpu_seconds() -> None:
@@ -104,22 +105,52 @@ def test_speeds_are_learned_else_profiled_else_unknown() -> None:
     ready = [status("a", models=("big-v1", "little"), swap_s={})]
     prior = {"big": 0.3, "little": 0.04}
     learned = Readings(now_s=0.0, step_s={"big-v1": 0.2}, prior_step_s=prior, ready=ready)
-    assert observe.model_step_s(learned, SETTINGS) == (0.2, 0.04)
-    assert observe.model_step_s(Readings(now_s=0.0), SETTINGS) == (0.0, 0.0)
+    assert prices.model_step_s(learned, SETTINGS) == (0.2, 0.04)
+    assert prices.model_step_s(Readings(now_s=0.0), SETTINGS) == (0.0, 0.0)
     told = SETTINGS.model_copy(update={"slo": SloSettings(large_latency_s=60.0)})
-    assert observe.model_step_s(Readings(now_s=0.0), told) == pytest.approx((1.2, 1.2 * 16.5 / 91.5))
+    assert prices.model_step_s(Readings(now_s=0.0), told) == pytest.approx((1.2, 1.2 * 16.5 / 91.5))
     small_only = Readings(now_s=0.0, step_s={"little": 0.0165})
-    assert observe.model_step_s(small_only, SETTINGS) == pytest.approx((0.0915, 0.0165))
+    assert prices.model_step_s(small_only, SETTINGS) == pytest.approx((0.0915, 0.0165))
+
+
+SWIFT, SLOW = status("a", device_name="swift"), status("b", device_name="slow", profile_step_s={"big-v1": 0.3})
+LEARNED = {("big-v1", "swift"): 0.05, ("little", "swift"): 0.01, ("little", "slow"): 0.04}
+
+
+def test_each_worker_is_priced_by_its_own_device_first() -> None:
+    mean = {"big-v1": 0.1, "little": 0.02}
+    readings = Readings(
+        now_s=0.0, step_s=mean, device_step_s=LEARNED, ready=[SWIFT, SLOW, status("c", device_name="new")]
+    )
+    assert prices.model_step_s(readings, SETTINGS, SWIFT) == (0.05, 0.01)
+    assert prices.model_step_s(readings, SETTINGS, SLOW) == (0.3, 0.04)  # its own profile before the mean of the others
+    own = prices.worker_speeds(readings, SETTINGS)
+    assert (own["c"].large_s, own["c"].small_s) == (5.0, 1.0)  # nothing known of its device
+    s = snapshot_of(readings, rules(), SETTINGS, members=("a", "b"), n_large=1)
+    # 2.5 s and 15 s a large image: 24 + 4 a minute, 14 each in the mean, 60 / 14 s. Small: 0.5 s and 2 s, 0.8 s.
+    assert (s.large_s, s.small_s) == pytest.approx((60 / 14, 0.8))
+    assert [w.worker for w in s.speeds] == ["a", "b"]
+    assert observe.inputs(s)["speeds"] == {
+        "swift": {"workers": 1, "large_s": 2.5, "small_s": 0.5},
+        "slow": {"workers": 1, "large_s": 15.0, "small_s": 2.0},
+    }
+
+
+def test_running_work_ends_by_the_speed_of_its_own_worker() -> None:
+    running = [record("a", route=Route.LARGE_GEN, step=20).model_copy(update={"worker": "b"})]
+    readings = Readings(now_s=0.0, step_s=STEPS, device_step_s=LEARNED, ready=[SWIFT, SLOW], running=running)
+    s = snapshot_of(readings, rules(), SETTINGS, members=("a", "b"), n_large=1)
+    assert s.running_s == pytest.approx((30 * 0.3,))
 
 
 def test_the_fallback_model_is_a_step_once_its_speed_is_known() -> None:
     made = SETTINGS.model_copy(update={"slo": SloSettings(fallback_small_model="swift")})
-    assert observe.faster_small_s(Readings(now_s=0.0, step_s=STEPS), made) is None
+    assert prices.faster_small_s(Readings(now_s=0.0, step_s=STEPS), made) is None
     profiled = Readings(now_s=0.0, prior_step_s={"swift": 0.01})
-    assert observe.faster_small_s(profiled, made) == pytest.approx(0.5)
+    assert prices.faster_small_s(profiled, made) == pytest.approx(0.5)
     learned = Readings(now_s=0.0, step_s={"swift": 0.02}, prior_step_s={"swift": 0.01})
-    assert observe.faster_small_s(learned, made) == pytest.approx(1.0)
-    assert observe.faster_small_s(learned, SETTINGS) is None
+    assert prices.faster_small_s(learned, made) == pytest.approx(1.0)
+    assert prices.faster_small_s(learned, SETTINGS) is None
 
 
 def test_a_switch_costs_what_is_not_resident() -> None:

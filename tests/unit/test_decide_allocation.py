@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from modm_tasks.errors import InvalidInputError
 from modm_tasks.queues import Role
 from orchestrator.decisions.allocation import paper, pid
-from orchestrator.decisions.allocation.assign import assign_roles
+from orchestrator.decisions.allocation.assign import assign_roles, become_large
 from orchestrator.decisions.allocation.registry import POLICIES, allocate
 from orchestrator.decisions.forecast import forecast_per_min
 from orchestrator.decisions.snapshot import ClusterSnapshot, PolicyState
@@ -178,6 +178,23 @@ def test_roles_are_as_many_as_asked_with_the_fewest_moves(now: list[Role | None]
     if any(m not in busy for m in moved):
         assert not busy_kept, "an idle worker moved before a busy one"
     assert assign_roles(workers, wanted, current, busy) == roles
+
+
+def test_the_faster_device_becomes_large_and_stays_it() -> None:
+    took = {"a": 60.0, "b": 20.0, "c": 60.0, "d": 20.0}
+    none: dict[str, Role] = {}
+    assert become_large(["a", "b", "c", "d"], none, large_s=took) == ["b", "d", "a", "c"]
+    now: dict[str, Role] = {"a": "large", "b": "small", "c": "large", "d": "small"}
+    # Nobody moves without need; then the fast ones come first, and the slow ones leave first, the busy one before.
+    assert become_large(list("abcd"), now, {"a"}, took) == ["c", "a", "b", "d"]
+    assert become_large(list("abcd"), now, {"d"}, took) == ["c", "a", "d", "b"]
+    turned: dict[str, Role] = {"a": "large", "b": "large", "c": "small", "d": "small"}
+    assert assign_roles(list("abcd"), 1, turned, {"b"}, took) == {
+        "a": "small",
+        "b": "large",
+        "c": "small",
+        "d": "small",
+    }
 
 
 def test_forecast_follows_a_clear_trend_within_bounds_and_ignores_noise() -> None:

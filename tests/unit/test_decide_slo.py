@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from orchestrator.decisions.allocation import overload, slo
 from orchestrator.decisions.allocation.registry import allocate
-from orchestrator.decisions.snapshot import ClusterSnapshot, PolicyState
+from orchestrator.decisions.snapshot import ClusterSnapshot, PolicyState, WorkerSpeed
 
 
 def snapshot(**more: Any) -> ClusterSnapshot:
@@ -105,6 +105,38 @@ def test_the_floor_always_holds(
     assert slo.need_large(s) <= choice.n_large <= 16
 
 
+#: Three workers: 20, 60 and 60 s a large image (3 + 1 + 1 a minute, 36 s in the mean), 5, 5 and 10 s a small one (30 a
+#: minute, 6 s in the mean).
+MIXED = snapshot(
+    n_workers=3, n_large=1, large_s=36.0, small_s=6.0, slo_s=120.0, hit_rate=0.5,
+    speeds=tuple(
+        WorkerSpeed(worker=name, device=name, large_s=large, small_s=small)
+        for name, large, small in (("a", 20.0, 5.0), ("b", 60.0, 5.0), ("c", 60.0, 10.0))
+    ),
+)  # fmt: skip
+
+
+def test_workers_of_different_speed_count_by_their_rates() -> None:
+    large, small = slo.units(MIXED)
+    # In workers of the mean: large 36/20, 36/60, 36/60; what is left for small: 6/5 + 6/5 + 6/10, less what became large.
+    assert large == pytest.approx([0.0, 1.8, 2.4, 3.0])
+    assert small == pytest.approx([3.0, 1.8, 0.6, 0.0])
+    # 2.9 misses a minute need 1.74 mean workers: the fast one carries them. Two alike would have been needed.
+    busy = replace(MIXED, arrivals_per_min=5.8, k_histogram={25: 1})
+    assert slo.need_large(busy) == 1
+    assert slo.need_large(replace(busy, speeds=())) == 2
+    assert slo.need_large(replace(busy, arrivals_per_min=6.2)) == 2
+    # 40 a minute are 12 + 6 mean workers' work where there are 3: the misses' share is 2, the fast one and not yet two.
+    assert slo.need_large(replace(busy, arrivals_per_min=40.0, small_s=36.0, k_histogram={25: 1})) == 1
+
+
+def test_with_equal_speeds_nothing_changes() -> None:
+    alike = tuple(WorkerSpeed(worker=f"w{i}", device="d", large_s=91.5, small_s=16.5) for i in range(16))
+    for rate in (3.0, 9.0, 30.0, 82.3):
+        s = snapshot(arrivals_per_min=rate, n_large=9)
+        assert allocate("slo", replace(s, speeds=alike))[0].n_large == allocate("slo", s)[0].n_large
+
+
 def test_dwell_and_hysteresis_hold_small_changes_back() -> None:
     s = snapshot(**STEP, n_large=8, now_s=100.0)
     held, _ = allocate("slo", s, PolicyState(changed_s=90.0))
@@ -121,6 +153,57 @@ def test_a_thousand_workers_are_decided_within_ten_milliseconds() -> None:
     allocate("slo", s)
     took = min(_timed(s) for _ in range(5))
     assert took < 0.01
+
+
+def test_published_roles_leave_the_hits_a_worker_where_the_misses_would_need_all() -> None:
+    # Four A40: 60 s and 10.8 s. 8 a minute, 42.5 % hits at k = 25: misses need 4.6 of 60 s, hits 0.306 of 5.4 s, together
+    # more than four, so the misses' share: 4 * 4.6 / 4.906 = 3.75, three. With 3.4 a minute of misses the four would do, but
+    # no whole number carries both: 4 large leave hits 0.6 * 10.8 / 60 = 0.108 of the 0.306 workers, 3 carry no 3.4.
+    s = snapshot(n_workers=4, n_large=4, large_s=60.0, small_s=10.8, slo_s=120.0, arrivals_per_min=8.0, hit_rate=0.425)
+    assert slo.need_large(s) == 3
+    tight = replace(s, arrivals_per_min=6.8, hit_rate=0.5)
+    assert sum(load.workers for load in slo.loads(tight)) == pytest.approx(3.4 + 0.306)
+    assert slo.need_large(tight) == 3
+    choice, _ = allocate("slo", tight, PolicyState(changed_s=-1e6))
+    assert choice.n_large == 3
+
+
+def test_pooled_small_workers_keep_room_for_hits_and_misses_half_of_their_need() -> None:
+    # 22 a minute, half of them hits of 8.25 s: misses need 16.775 of 16 workers, hits 1.5125. The misses' share is
+    # 16 * 16.775 / 18.2875 = 14.7, fourteen, half of that seven; hits have 1.5 + 2 sqrt(1.5) = 3.97 workers, so 12 at most.
+    s = snapshot(arrivals_per_min=22.0, pooled=True)
+    assert (slo.need_large(s), slo.most_large(s)) == (7, 12)
+    assert slo.most_large(replace(s, pooled=False)) == 16
+    assert allocate("slo", s, PolicyState(changed_s=-1e6))[0].n_large == 12
+    assert slo.most_large(replace(s, hit_rate=0.0)) == 16
+
+
+@FIXED
+@given(st.floats(0, 60), st.floats(0, 1), st.integers(1, 16), st.integers(1, 16))
+def test_pooled_hits_always_have_their_room_or_the_misses_their_floor(
+    rate: float, hit_rate: float, now: int, workers: int
+) -> None:
+    s = snapshot(arrivals_per_min=rate, hit_rate=hit_rate, n_large=min(now, workers), n_workers=workers, pooled=True)
+    choice, _ = allocate("slo", s, PolicyState(changed_s=-1e6))
+    hits = slo.loads(s)[1].workers
+    assert choice.n_large == slo.need_large(s) or workers - choice.n_large >= hits + 2 * hits**0.5 - 1e-9
+
+
+def test_what_hysteresis_holds_back_is_done_when_it_stood_for_three_periods() -> None:
+    # The light load after a peak: a second large worker of two saves nothing and is the better quality.
+    s = snapshot(n_workers=2, n_large=1, arrivals_per_min=0.05, period_s=60.0)
+    state, seen = PolicyState(), []
+    for i in range(5):
+        choice, state = allocate("slo", replace(s, now_s=60.0 * i), state)
+        seen.append(choice.n_large)
+    assert seen == [1, 1, 1, 2, 2]
+    # One decision that does not want it begins the wait anew: nearly all hits, which need the small worker.
+    hits = replace(s, arrivals_per_min=8.0, hit_rate=0.98)
+    state, seen = PolicyState(), []
+    for i, now in enumerate([s, s, hits, s, s, s, s]):
+        choice, state = allocate("slo", replace(now, now_s=60.0 * i), state)
+        seen.append(choice.n_large)
+    assert seen == [1, 1, 1, 1, 1, 1, 2]
 
 
 def _timed(s: ClusterSnapshot) -> float:

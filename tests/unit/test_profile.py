@@ -10,7 +10,7 @@ import pytest
 
 from modm_tasks.errors import EngineError, InvalidInputError, NotFoundError
 from modm_tasks.settings import Settings
-from orchestrator.controller.observe import profiled
+from orchestrator.controller.prices import profiled
 from orchestrator.device_profiles import load_profile
 from tests.support.processes import run_modm
 from workers.profile import combine, measure

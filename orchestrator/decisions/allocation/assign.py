@@ -7,24 +7,40 @@ from collections.abc import Collection, Mapping, Sequence
 from modm_tasks.queues import Role
 
 
-def assign_roles(
-    workers: Sequence[str], n_large: int, current: Mapping[str, Role], busy: Collection[str] = ()
-) -> dict[str, Role]:
-    """A role for each of ``workers``, ``n_large`` of them large (bounded to 0..N), with the fewest moves.
+def become_large(
+    workers: Sequence[str],
+    current: Mapping[str, Role],
+    busy: Collection[str] = (),
+    large_s: Mapping[str, float] | None = None,
+) -> list[str]:
+    """The order in which workers become large: when n are, they are the first n of it.
 
-    Workers without a role take what is missing first. Then busy ones move before idle ones: a busy worker changes queues
-    at no cost while it draws, and the idle ones go on serving the queue that they already watch. Ties go by name.
+    Those that are large stay before others come; workers without a role come before small ones. ``large_s``: seconds of a
+    large image on each; the faster one becomes or stays large. Among equally fast ones busy ones move before idle ones: a
+    busy worker changes queues at no cost while it draws, and the idle ones go on serving the queue that they already
+    watch. Ties go by name.
     """
-    wanted = max(0, min(len(workers), n_large))
-    names = sorted(workers)
-    moving = set(busy)
-    large = [w for w in names if current.get(w) == "large"]
-    small = [w for w in names if current.get(w) == "small"]
-    fresh = [w for w in names if current.get(w) not in {"large", "small"}]
-    if len(large) > wanted:
-        large = sorted(large, key=lambda w: w not in moving)[len(large) - wanted :]
-    elif len(large) < wanted:
-        order = fresh + sorted(small, key=lambda w: w not in moving)
-        large = large + order[: wanted - len(large)]
-    chosen = set(large)
+    took, moving = large_s or {}, set(busy)
+
+    def joins(worker: str) -> tuple[float, bool, str]:
+        return took.get(worker, 0.0), worker not in moving, worker
+
+    def leaves(worker: str) -> tuple[float, bool, str]:
+        return -took.get(worker, 0.0), worker not in moving, worker
+
+    large = sorted((w for w in workers if current.get(w) == "large"), key=leaves, reverse=True)
+    fresh = sorted((w for w in workers if current.get(w) not in {"large", "small"}), key=joins)
+    small = sorted((w for w in workers if current.get(w) == "small"), key=joins)
+    return large + fresh + small
+
+
+def assign_roles(
+    workers: Sequence[str],
+    n_large: int,
+    current: Mapping[str, Role],
+    busy: Collection[str] = (),
+    large_s: Mapping[str, float] | None = None,
+) -> dict[str, Role]:
+    """A role for each of ``workers``, ``n_large`` of them large (bounded to 0..N), with the fewest moves."""
+    chosen = set(become_large(workers, current, busy, large_s)[: max(0, n_large)])
     return {w: "large" if w in chosen else "small" for w in workers}

@@ -8,9 +8,9 @@ The prediction is closed form, a fluid queue for each class over one horizon (fo
 * what arrives at time t is broken with the chance that the queue's work, a reflected Brownian motion from B on with the
   drift of load minus capacity and the variance of Poisson arrivals, exceeds what c workers do in the allowed time.
 
-Nothing is integrated, so nothing winds up: after a step in load the next decision is the new optimum. Where it breaks:
-the horizon takes the rates as constant, so a burst shorter than the window is seen late; the FIFO order within a class is
-assumed, so slack order does somewhat better than predicted.
+Workers count by their own speeds where those differ. Nothing is integrated, so nothing winds up: after a step in load the
+next decision is the new optimum. Where it breaks: the horizon takes the rates as constant, so a burst shorter than the
+window is seen late; the FIFO order within a class is assumed, so slack order does somewhat better than predicted.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.decisions.allocation import overload, paper
+from orchestrator.decisions.allocation import overload
 from orchestrator.decisions.snapshot import Allocation, Candidate, ClusterSnapshot, PolicyState
 
 Floats = NDArray[np.float64]
 
 #: Breaks within this share of the horizon's requests count as equal; the better quality then decides.
 EQUAL_SHARE = 0.005
-#: The present allocation stays unless another one saves more than this share of the requests, or is further away than
-#: STAY_WORKERS or STAY_SHARE of the workers.
-STAY_GAIN, STAY_WORKERS, STAY_SHARE = 0.02, 1, 0.03
+#: The present allocation stays unless another one saves more than this share of the requests, is further away than
+#: STAY_WORKERS or STAY_SHARE of the workers, or has been the better one for PATIENCE periods.
+STAY_GAIN, STAY_WORKERS, STAY_SHARE, PATIENCE = 0.02, 1, 0.03, 3
+#: Standard deviations of the hits' work that pooled small workers have to spare.
+ROOM = 2.0
 KEPT_CANDIDATES = 33
 NOTHING = 1e-6
 HORIZON = 4.0
@@ -77,21 +79,40 @@ def horizon(s: ClusterSnapshot) -> float:
     return HORIZON * max(s.period_s, s.slo_s or 2 * s.large_s)
 
 
+def units(s: ClusterSnapshot) -> tuple[Floats, Floats]:
+    """For 0..N large workers, what the large and what the small ones are worth, in workers of the mean rate."""
+    if not s.speeds:
+        n = np.arange(s.n_workers + 1, dtype=np.float64)
+        return n, s.n_workers - n
+    large = np.array([0.0] + [s.large_s / w.large_s for w in s.speeds])
+    small = np.array([0.0] + [s.small_s / w.small_s for w in s.speeds])
+    return np.cumsum(large), small.sum() - np.cumsum(small)
+
+
 def need_large(s: ClusterSnapshot) -> int:
-    """The floor: what the misses need. Where all workers together carry less than the load, their share of the work."""
+    """The floor: what the misses need; where no number carries both classes, their share of the work.
+
+    Pooled, half of that: the small workers draw misses too when no hit waits, so more of them take nothing from the misses
+    but the time that the hits need, and a hit costs a fraction of a miss.
+    """
     miss, hit = loads(s)
-    total = miss.workers + hit.workers
-    if total > s.n_workers:
-        return max(1, math.floor(s.n_workers * miss.workers / total))
-    return max(1, min(s.n_workers, math.ceil(miss.workers - 1e-9)))
+    worth = units(s)[0]
+    everything = np.arange(1, s.n_workers + 1, dtype=np.float64)
+    if carries(replace(s, backlog_large_s=0.0, backlog_small_s=0.0), everything).any():
+        found = min(s.n_workers, int(np.searchsorted(worth, miss.workers - 1e-9)))
+    else:
+        share = miss.workers / (miss.workers + hit.workers)
+        found = int(np.searchsorted(worth, worth[-1] * share + 1e-9, side="right")) - 1
+    return max(1, math.ceil(found / 2) if s.pooled else found)
 
 
 def capacities(s: ClusterSnapshot, n: Floats, horizon_s: float) -> tuple[Floats, Floats]:
     """Workers that misses and hits have under ``n`` large ones; hits' in workers of the small model's speed."""
     miss, hit = loads(s)
     moved = np.abs(n - s.n_large) * min(1.0, s.switch_s / horizon_s)
-    large = np.where(n > s.n_large, n - moved, n)
-    small = np.where(n < s.n_large, s.n_workers - n - moved, s.n_workers - n)
+    large, small = (worth[n.astype(int)] for worth in units(s))
+    large = np.where(n > s.n_large, np.maximum(0.0, large - moved), large)
+    small = np.where(n < s.n_large, np.maximum(0.0, small - moved), small)
     idle_large = np.maximum(0.0, large - miss.workers - miss.backlog_s / horizon_s)
     if not s.pooled:
         return large, small + idle_large * (s.small_s / s.large_s)
@@ -162,37 +183,42 @@ def unserved(s: ClusterSnapshot, n: Floats) -> Floats:
     return left
 
 
-def score(s: ClusterSnapshot) -> tuple[Floats, Floats, Floats]:
-    """(n_large, breaks, quality) for every candidate from the floor to N, arrays of equal length.
+def most_large(s: ClusterSnapshot) -> int:
+    """N; pooled, so many that the small workers have ROOM standard deviations of the hits' work to spare.
 
-    Quality: with roles, the share of workers that are large, as idle ones then refine hits with the large model. Pooled
-    workers draw the same whatever their order, so nearness to the share of the misses' work decides (fewest detours).
+    Spare small workers draw misses, but a large one takes no hit while a miss waits: where all are large, hits starve as
+    soon as the misses fill them.
     """
-    horizon_s = horizon(s)
-    n = np.arange(need_large(s), s.n_workers + 1, dtype=np.float64)
+    hits = loads(s)[1].workers
+    return math.floor(s.n_workers - hits - ROOM * math.sqrt(hits)) if s.pooled else s.n_workers
+
+
+def score(s: ClusterSnapshot) -> tuple[Floats, Floats, Floats]:
+    """(n_large, breaks, quality) for every candidate from the floor to `most_large`, arrays of equal length.
+
+    Quality is the share of workers that are large: with roles, idle ones refine hits with the large model.
+    """
+    horizon_s, least = horizon(s), need_large(s)
+    n = np.arange(least, max(least, most_large(s)) + 1, dtype=np.float64)
     miss, hit = loads(s)
     large, small = capacities(s, n, horizon_s)
     lost = breaks(miss, large, horizon_s) + breaks(hit, small, horizon_s)
-    balance = 1 - np.abs(n - paper.throughput_target(s)) / s.n_workers
-    quality = balance if s.pooled else n / s.n_workers
-    return n, lost, quality
+    return n, lost, n / s.n_workers
 
 
 def allocate(s: ClusterSnapshot, state: PolicyState) -> tuple[Allocation, PolicyState]:
     """The policy `slo`. See the module's text."""
     n, lost, quality = score(s)
-    horizon_s = horizon(s)
-    requests = s.rate_per_min / 60 * horizon_s + s.backlog_large + s.backlog_small
+    requests = s.rate_per_min / 60 * horizon(s) + s.backlog_large + s.backlog_small
     sound = carries(s, n)
     if not sound.any():
         sound = np.ones_like(sound)
-    near = sound & (lost <= lost[sound].min() + EQUAL_SHARE * requests + 1e-9)
-    # Where what waits is late already under every candidate, breaks say nothing: then the one that gets the most done.
-    left = unserved(s, n)
-    near &= left <= left[near].min() + EQUAL_SHARE * requests + 1e-9
+    # What is left over at the end breaks nothing within the horizon, and is late all the same.
+    cost = lost + unserved(s, n)
+    near = sound & (cost <= cost[sound].min() + EQUAL_SHARE * requests + 1e-9)
     best = int(np.flatnonzero(near)[np.argmax(quality[near])])
     target = int(n[best])
-    chosen, why = _held_back(s, state, target, n, (lost, left), requests)
+    chosen, why, state = _held_back(s, state, target, n, cost, requests)
     at = int(np.searchsorted(n, chosen)) if chosen >= n[0] else 0
     changed_s = s.now_s if chosen != s.n_large else state.changed_s
     reason = (
@@ -218,20 +244,26 @@ def _share(lost: float, requests: float) -> float:
 
 
 def _held_back(
-    s: ClusterSnapshot, state: PolicyState, target: int, n: Floats, costs: tuple[Floats, Floats], requests: float
-) -> tuple[int, str]:
-    """Dwell and hysteresis: (the number put into force, why it is not the target). The floor always holds.
+    s: ClusterSnapshot, state: PolicyState, target: int, n: Floats, cost: Floats, requests: float
+) -> tuple[int, str, PolicyState]:
+    """Dwell and hysteresis: (the number put into force, why it is not the target, state). The floor always holds.
 
-    ``costs``: broken and unserved requests; a saving in either is a reason to move.
+    A small change that saves little is made when a change in its direction has been the better choice for PATIENCE periods.
     """
-    if target == s.n_large or not int(n[0]) <= s.n_large <= s.n_workers:
-        return target, ""
+    wish = (target > s.n_large) - (target < s.n_large)
+    if wish != state.wish:
+        state = replace(state, wish=wish, wish_since_s=s.now_s)
+    if target == s.n_large or not int(n[0]) <= s.n_large <= int(n[-1]):
+        return target, "", state
     if s.now_s - state.changed_s < s.min_dwell_s:
-        return s.n_large, f"; stays: changed {s.now_s - state.changed_s:.0f} s ago, dwell {s.min_dwell_s:.0f} s"
-    gain = max(float(cost[int(s.n_large - n[0])] - cost[int(target - n[0])]) for cost in costs)
-    if gain <= STAY_GAIN * requests and abs(target - s.n_large) <= max(STAY_WORKERS, STAY_SHARE * s.n_workers):
-        return s.n_large, f"; stays: {target} would save {gain:.1f}"
-    return target, ""
+        since = s.now_s - state.changed_s
+        return s.n_large, f"; stays: changed {since:.0f} s ago, dwell {s.min_dwell_s:.0f} s", state
+    gain = float(cost[int(s.n_large - n[0])] - cost[int(target - n[0])])
+    small = abs(target - s.n_large) <= max(STAY_WORKERS, STAY_SHARE * s.n_workers)
+    waited_s = s.now_s - state.wish_since_s
+    if small and gain <= STAY_GAIN * requests and waited_s < PATIENCE * s.period_s:
+        return s.n_large, f"; stays: {target} would save {gain:.1f}, and is wanted for {waited_s:.0f} s", state
+    return target, "", state
 
 
 def _candidates(n: Floats, lost: Floats, quality: Floats, best: int) -> tuple[Candidate, ...]:
