@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from modm_tasks.errors import SourceImageError
 from modm_tasks.ledger import Ledger
-from modm_tasks.messages import Completion, Decision, RequestRecord, Route, State
+from modm_tasks.messages import Completion, Decision, RequestRecord, Route, State, SubmitRequest
 from modm_tasks.settings import Settings
 from orchestrator.decisions import routing
 from orchestrator.decisions.ladder import Ladder
@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 #: Learned figures are read again after this long; a decision must not cost five reads of Redis.
 FRESH_S = 1.0
+#: Images looked at for a repeat, and for a seeded one whose prompt has more variations than that.
+FEW, MANY = 8, 256
 
 
 class Router:
@@ -70,6 +72,8 @@ class Router:
         The images cached before have been looked at before, so the new one is the only candidate: no search.
         """
         if record.request.cache not in {"auto", "no-store"} or self.policy(record) in {"large-only", "small-only"}:
+            return None
+        if "drift" in self.features(record) and source.depth > self.settings.cache.max_depth:
             return None
         given = self._given(
             record, vector, inflight=False, stored=False, match=Match(entry=source, similarity=similarity)
@@ -195,21 +199,28 @@ class Router:
         )
 
     def _search(self, record: RequestRecord, vector: Vector, features: frozenset[str]) -> Match | None:
-        matches = self.cache.search(
-            vector,
-            namespace=record.request.namespace,
-            size=record.request.size,
-            client=self._client(record),
-            max_depth=self.settings.cache.max_depth if "drift" in features else None,
-            exclude_ids=[record.id],
-            limit=8 if "repeats" in features else 1,
-        )
+        def nearest(limit: int) -> list[Match]:
+            return self.cache.search(
+                vector,
+                namespace=record.request.namespace,
+                size=record.request.size,
+                client=self._client(record),
+                max_depth=self.settings.cache.max_depth if "drift" in features else None,
+                exclude_ids=[record.id],
+                limit=limit,
+            )
+
+        if "repeats" not in features:
+            return next(iter(nearest(1)), None)
+        matches = nearest(FEW)
         if not matches:
             return None
-        if "repeats" not in features:
-            return matches[0]
         same = [m for m in matches if m.entry.prompt == record.request.prompt]
-        exact = [m for m in same if m.entry.seed == record.request.seed and m.entry.depth == 0]
+        if record.request.seed is not None and len(same) == FEW:
+            same = [
+                m for m in nearest(MANY) if m.entry.prompt == record.request.prompt
+            ]  # the seed may be behind others
+        exact = [m for m in same if _is_repeat(record.request, m.entry)]
         if exact:
             return exact[0]
         # Spread repeats over the sources that are as good as the best, least used first, so that variations vary.
@@ -222,14 +233,13 @@ class Router:
     @staticmethod
     def _found(record: RequestRecord, match: Match) -> routing.Found:
         entry, request = match.entry, record.request
-        plain = not request.negative_prompt and request.guidance_scale is None and request.num_inference_steps is None
         return routing.Found(
             id=entry.id,
             uri=entry.uri,
             similarity=match.similarity,
             depth=entry.depth,
             same_prompt=entry.prompt == request.prompt,
-            same_seed=plain and request.seed is not None and entry.seed == request.seed and entry.depth == 0,
+            same_seed=_is_repeat(request, entry),
         )
 
     def _unfinished(self, record: RequestRecord, vector: Vector) -> routing.Unfinished | None:
@@ -272,3 +282,9 @@ class Router:
             self._wait_s = work / workers
             self._lowered = min(control.degradation, self.settings.slo.floor_threshold_rungs)
             self._read_at = time.monotonic()
+
+
+def _is_repeat(request: SubmitRequest, entry: ImageEntry) -> bool:
+    """Whether a request for the prompt of a cached image would be drawn as exactly that image."""
+    drawn = entry.depth == 0 and entry.parameters == routing.parameters(request)
+    return drawn and request.seed is not None and entry.seed == request.seed

@@ -18,8 +18,9 @@ class ImageEntry:
     ``seq`` is the order of insertion within a namespace; the cache assigns it. ``utility`` is NIRVANA's f*k: the
     steps that uses of this image have saved so far; ``hits_by_k`` counts them by steps skipped and ``hit_age_sum_s``
     adds up the image's age at each. ``depth`` counts refinements: 0 = drawn by the large model from noise, d+1 =
-    refined from an image of depth d. ``ancestors`` are the images it descends from, nearest last, so that a purge
-    reaches it also when those between have been evicted.
+    refined from an image of depth d. ``parameters`` is what was asked for beside prompt and seed, "" for nothing: the
+    image answers an exact repeat only where that agrees. ``ancestors`` are the images it descends from, nearest last,
+    so that a purge reaches it also when those between have been evicted.
     """
 
     id: str
@@ -35,6 +36,7 @@ class ImageEntry:
     seq: int = 0
     source_id: str | None = None
     skipped_steps: int = 0
+    parameters: str = ""
     hits: int = 0
     last_used_s: float = 0.0
     utility: float = 0.0

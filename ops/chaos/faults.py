@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from modm_tasks.errors import ModmError
+from modm_tasks.messages import FINAL, State
 from modm_tasks.output import note
 from ops.chaos.load import Load
-from ops.chaos.poison import CRASH
+from ops.chaos.poison import AGAIN, CRASH
 from ops.chaos.rig import Rig
+from ops.chaos.traffic import PATIENT_S
 
 #: A cut lasts for several leases, so that the work beyond it is given to others meanwhile.
 CUT_LEASES = 3
 #: How long the disk stays full after the front has noticed, so that workers meet it with finished images in their hands.
 FULL_S = 2.0
 DAY_S = 86_400.0
+#: How long the death of the orchestrator is put off until some request waits on another one's image.
+WAITER_S = 20.0
+#: Every refined image is drawn again while prompts are out that kill from the second drawing on.
+ALL_AGAIN: dict[str, float] = {"verify_floor": 1.5, "escalation_rate": 1.0}
 
 
 class Faults:
-    """``damaged``: id -> when the run broke its image, Unix seconds of the Redis clock."""
+    """``damaged``: id -> when the run broke its image, Unix seconds of the Redis clock. ``cancelled``: ids by the run.
 
-    def __init__(self, rig: Rig, load: Load, rng: random.Random) -> None:
-        self.rig, self.load, self.rng = rig, load, rng
+    ``escalation``: the runtime control's ``verify_floor`` and ``escalation_rate`` while nothing else is wanted.
+    """
+
+    def __init__(self, rig: Rig, load: Load, rng: random.Random, *, escalation: Mapping[str, float]) -> None:
+        self.rig, self.load, self.rng, self.escalation = rig, load, rng, dict(escalation)
         self.damaged: dict[str, float] = {}
+        self.cancelled: set[str] = set()
+        self.waiting_at_death = 0
+        self._followed: set[str] = set()
         self._poisoned = 0
         self._led_by: str | None = None
         self._joined_s = 0.0
@@ -49,6 +61,7 @@ class Faults:
             "fill-disk": self._fill_disk,
             "cut-hosts": self._cut_hosts,
             "poison": lambda: self._poison(poison),
+            "kill-orchestrator": self._kill_orchestrator,
         }
         try:
             if fault in simple:
@@ -56,6 +69,8 @@ class Faults:
             elif fault.startswith("kill-"):
                 self._led_by = rig.leader()
                 rig.kill(fault.removeprefix("kill-"))
+            elif fault == "cancel-source":
+                return self._cancel_source()
             else:
                 return self._damage(fault)
         except (ModmError, OSError) as error:
@@ -64,12 +79,13 @@ class Faults:
         return True
 
     def over(self, fault: str) -> bool:
-        """Whether what only this fault stops goes on again: another controller leads; beyond the cut they say so."""
+        """Whether what only this fault stops goes on again: another controller leads; beyond the cut they say so; what
+        kills has failed."""
         if fault == "kill-controller":
             return self.rig.leader() not in (None, self._led_by)
         if fault == "cut-hosts":
             return self.rig.said_since(self._joined_s)
-        return True
+        return self._poison_over() if fault == "poison" else True
 
     def _a_worker(self) -> str:
         return f"worker{self.rng.randrange(self.rig.worker_count)}"
@@ -116,10 +132,63 @@ class Faults:
 
     def _poison(self, count: int) -> None:
         """Recovered when each has failed: they count as ended requests, and the load waits for their workers."""
-        for _ in range(count):
+        self.escalate(ALL_AGAIN)
+        for number in range(count):
             # Unlike one another, or each would wait for the one before.
-            self.load.send_poison(f"{CRASH} {self.load.prompts[-1 - 41 * self._poisoned % len(self.load.prompts)]}")
+            prompt = self.load.prompts[-1 - 41 * self._poisoned % len(self.load.prompts)]
             self._poisoned += 1
+            self.load.send({"prompt": f"{CRASH} {prompt}"}, self.load.tally.poison)
+            if number == 0:
+                self._follow(prompt)
+        for number in range(1 + count // 5):
+            # Drawn before, so a hit, whose image is below the floor of the moment; the number keeps them apart.
+            prompt = self.load.prompts[(self._poisoned + number) % len(self.load.prompts)]
+            wanted = {"prompt": f"{AGAIN} {prompt}", "deadline_s": PATIENT_S}
+            self.load.send(wanted, self.load.tally.poison_again)
+
+    def _follow(self, prompt: str) -> None:
+        """One that waits on the poison, which is like it: it gives up, or is there when that fails."""
+        choosy = {} if self.load.picky is None else {"min_similarity": self.load.picky}
+        self.load.send({"prompt": prompt} | choosy)
+
+    def _poison_over(self) -> bool:
+        tally = self.load.tally
+        rows = self.rig.ledger.get_many([*tally.poison, *tally.poison_again])
+        last = self.rig.settings.worker.max_attempts
+        for row in rows:
+            if (
+                row.id in tally.poison
+                and row.state is State.RUNNING
+                and row.attempt == last
+                and row.id not in self._followed
+            ):
+                self._followed.add(row.id)
+                self._follow(row.request.prompt.removeprefix(CRASH).strip())
+        if not all(row.state in FINAL for row in rows):
+            return False
+        self.escalate(self.escalation)
+        return True
+
+    def escalate(self, how: Mapping[str, float]) -> None:
+        """Set floor and budget of verification. Raises ModmError."""
+        self.rig.client.put("/v1/control", json=dict(how))
+
+    def _kill_orchestrator(self) -> None:
+        """While somebody waits on another one's image, if that comes to pass soon."""
+        self.rig.soon(lambda: self.rig.ledger.index("waiting"), WAITER_S)
+        self.waiting_at_death += len(self.rig.ledger.index("waiting"))
+        self.rig.kill("orchestrator")
+
+    def _cancel_source(self) -> bool:
+        """What a request waits on, unless it is poison, whose end is counted."""
+        spared = self.load.tally.poison | self.load.tally.poison_again
+        sources = [self.rig.ledger.field(waiter, "waits_on") for waiter in self.rig.ledger.index("waiting")]
+        chosen = next((s for s in sources if s is not None and s not in spared), None)
+        if chosen is None:
+            return False
+        self.cancelled.add(chosen)
+        self.rig.client.post(f"/v1/requests/{chosen}/cancel")
+        return True
 
     def _damage(self, fault: str) -> bool:
         """Break one of the newest cached images, which the next prompts are likely to find."""

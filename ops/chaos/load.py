@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -13,31 +12,23 @@ from typing import Any
 from modm_tasks.client import Client
 from modm_tasks.errors import ModmError, NotFoundError
 from modm_tasks.messages import FINAL, State
-
-#: So many prompts come in turn; a multiple of 3, so that a seeded one is the same request each time.
-PROMPTS = 60
+from ops.chaos.traffic import body
 
 
 @dataclass
 class Tally:
-    """What the users saw. ``poison`` are the ids whose prompt kills its worker; ``errors`` are answers that no outage
-    explains.
+    """What the users saw. ``poison`` are the ids whose prompt kills its worker, ``poison_again`` those that do so from their
+    second drawing on; ``errors`` are answers that no outage explains.
     """
 
     accepted: list[str] = field(default_factory=list)
     poison: set[str] = field(default_factory=set)
+    poison_again: set[str] = field(default_factory=set)
     prompts: dict[str, str] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     sent: int = 0
     ended: int = 0
     outages: int = 0
-
-
-def body(number: int, prompt: str, seed: int, steps: int | None = None) -> dict[str, Any]:
-    """The ``number``-th submit: every third has a seed and all steps, so that its repeats are answered from the store."""
-    if number % 3 == 0:
-        return {"prompt": prompt, "seed": random.Random(f"{seed}:{prompt}").randrange(2**31)}
-    return {"prompt": prompt} if steps is None else {"prompt": prompt, "num_inference_steps": steps}
 
 
 class Load:
@@ -52,9 +43,10 @@ class Load:
         enough: Callable[[int], bool],
         seed: int = 0,
         steps: int | None = None,
+        picky: float | None = None,
     ) -> None:
         self.url, self.prompts = url, prompts
-        self.users, self.enough, self.seed, self.steps = users, enough, seed, steps
+        self.users, self.enough, self.seed, self.steps, self.picky = users, enough, seed, steps, picky
         self.tally = Tally()
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -73,7 +65,7 @@ class Load:
             if self._stop.is_set() or self.enough(number):
                 return None
             self.tally.sent += 1
-            return body(number, self.prompts[number % min(PROMPTS, len(self.prompts))], self.seed, self.steps)
+            return body(number, self.prompts, seed=self.seed, picky=self.picky, steps=self.steps)
 
     def _user(self) -> None:
         with Client(self.url, patience_s=30.0) as client:
@@ -84,13 +76,15 @@ class Load:
                 self._accepted(request_id, wanted["prompt"])
                 self._await(client, request_id)
 
-    def send_poison(self, prompt: str) -> None:
-        """One request that kills who draws it; not waited for."""
+    def send(self, wanted: Mapping[str, Any], into: set[str] | None = None) -> str | None:
+        """One request more, not waited for; None where the run has ended. ``into``: where its id is noted first."""
         with Client(self.url, patience_s=30.0) as client:
-            request_id = self._insist(client, {"prompt": prompt})
+            request_id = self._insist(client, wanted)
         if request_id is not None:
-            self.tally.poison.add(request_id)
-            self._accepted(request_id, prompt)
+            if into is not None:
+                into.add(request_id)
+            self._accepted(request_id, str(wanted["prompt"]))
+        return request_id
 
     def _accepted(self, request_id: str, prompt: str) -> None:
         with self._lock:

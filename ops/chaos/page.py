@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ops.chaos.hosts import NAME
+from ops.chaos.mechanisms import Limits
 from ops.chaos.run import Outcome
 from ops.chaos.schedule import FAULTS
 from ops.chaos.verify import COUNTS
@@ -22,7 +23,7 @@ def machine() -> str:
     return f"{os.cpu_count()}-core {name}, {gpu_count() or 'no'} GPU"
 
 
-def page(outcome: Outcome, command: str, *, lease_s: float) -> str:
+def page(outcome: Outcome, command: str, *, lease_s: float, limits: Limits) -> str:
     """The result as a page for the docs."""
     verdict = outcome.verdict
     faults = [
@@ -33,6 +34,10 @@ def page(outcome: Outcome, command: str, *, lease_s: float) -> str:
     counts = [
         f"| {name.replace('_', ' ')} | {value}{'' if name in COUNTS or not value else ' (should be 0)'} |"
         for name, value in verdict.model_dump().items()
+    ]
+    mechanisms = [
+        f"| {name.replace('_', ' ')} | {value or 'never (should not be 0)'} |"
+        for name, value in outcome.exercised.model_dump().items()
     ]
     if outcome.errors:
         repeats = f"{outcome.outages} times, of these {len(outcome.errors)} after an answer that says not to"
@@ -54,7 +59,7 @@ def page(outcome: Outcome, command: str, *, lease_s: float) -> str:
             "Recovered: the orchestrator takes work, every process runs, every worker is ready (the start of its GPU child "
             "is included: imports and models), and a request has ended since. Counted from the moment that the fault is "
             "over: the process dead, the disk emptied, the hosts joined. *Prompts that kill*: until each has failed, three "
-            "deaths later.",
+            "deaths later, or is answered with the image of its first drawing.",
             "",
             *(f"Not injected, as this machine does not allow it: {line}." for line in outcome.left_out),
             *([""] if outcome.left_out else []),
@@ -64,6 +69,18 @@ def page(outcome: Outcome, command: str, *, lease_s: float) -> str:
             "",
             "*computed twice* is allowed; *stored* are repeats answered with a stored image; *damaged* are the images that "
             "the run broke itself. All rows below *computed twice* have to be 0, or the exit status is 4.",
+            "",
+            "What the mechanisms of `modm-plus` did meanwhile. One that never took part would not be tested, so a 0 fails "
+            "the run too.",
+            "",
+            "| requests that | |",
+            "|---|---|",
+            *mechanisms,
+            "",
+            f"For that, chains of waiting and generations of refining are bounded by {limits.wait_depth} and "
+            f"{limits.max_depth} here, the floor of verification is set so that many refined images are below it (all of "
+            "them while prompts are out that kill from the second drawing on), and its budget is a fifth of the hits. *Too "
+            "deep* are requests beyond one of the two bounds.",
             "",
             *_memory(outcome.grown),
             f"The plan is a function of the seed and is paced by finished requests. Leases last {lease_s:g} s here instead "

@@ -23,6 +23,7 @@ from modm_tasks.settings import Settings, load_settings
 from ops import processes
 from ops.chaos.disk import SmallDisk
 from ops.chaos.hosts import SecondHost
+from ops.chaos.mechanisms import Limits
 from ops.chaos.poison import HOOK
 from ops.processes import Noted
 from ops.redis_server import free_port, ping, plan_redis
@@ -30,13 +31,19 @@ from ops.stack import MODM, TIERS
 from orchestrator.controller.loop import LOCK
 from workers.runtime import STATUS_TTL_S
 
-#: A lease short enough to see recoveries in a bounded run; everything of modm-plus on; prompts that kill.
+#: A lease short enough to see recoveries in a bounded run; everything of modm-plus on, its limits low enough to be met;
+#: prompts that kill.
 QUICK = {
     "MODM_WORKER__LEASE_S": "2",
     "MODM_CONTROLLER__PERIOD_S": "5",
     "MODM_ROUTING__POLICY": "modm-plus",
+    "MODM_ROUTING__WAIT_DEPTH": "2",
+    "MODM_CACHE__MAX_DEPTH": "2",
     "MODM_SAFETY_HOOK": HOOK,
 }
+#: Patience of those that wait on another's image, in leases: a dead worker's request is away for less, and poison takes
+#: more to fail.
+WAIT_LEASES = 2
 SKEW = str(Path(__file__).with_name("skew"))
 CLOCK = "MODM_TEST_CLOCK_OFFSET_S"
 
@@ -61,9 +68,14 @@ class Rig:
         #: What single processes are given beside that.
         self.own: dict[str, dict[str, str]] = {}
         lease_s = float(self.environ["MODM_WORKER__LEASE_S"])
+        self.environ.setdefault("MODM_ROUTING__WAIT_BOUND_S", str(WAIT_LEASES * lease_s))
         base = load_settings(home=home, redis_url=self.plan.url)
         self.settings: Settings = base.model_copy(
             update={"worker": base.worker.model_copy(update={"lease_s": lease_s})}
+        )
+        self.limits = Limits(
+            wait_depth=int(self.environ["MODM_ROUTING__WAIT_DEPTH"]),
+            max_depth=int(self.environ["MODM_CACHE__MAX_DEPTH"]),
         )
         self.ledger = Ledger.from_settings(self.settings)
         self.client = Client(self.url)

@@ -9,15 +9,16 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from modm_tasks.app import make_app
 from modm_tasks.errors import ModmError
-from modm_tasks.messages import FINAL
 from modm_tasks.output import note
 from modm_tasks.queues import TASK_OF_QUEUE
 from ops.chaos.faults import Faults
 from ops.chaos.load import Load
+from ops.chaos.mechanisms import BY_FAULTS, Exercised, exercised
 from ops.chaos.rig import Rig
 from ops.chaos.schedule import plan, share
 from ops.chaos.verify import Seen, Verdict, gather, idle_workers, judge
@@ -25,6 +26,8 @@ from ops.chaos.watch import Growth, Watch
 
 #: Longest wait for the stack to be whole and for a request to end after a fault. A fault without is "not recovered".
 RECOVERY_S = 240.0
+#: How much longer the load goes on where a mechanism has not taken part yet.
+EXTRA_S = 60.0
 
 
 @dataclass(kw_only=True)
@@ -34,6 +37,7 @@ class Outcome:
     """
 
     verdict: Verdict
+    exercised: Exercised
     recovery_s: Mapping[str, Sequence[float]]
     duplicates: int
     restarts: int
@@ -42,6 +46,18 @@ class Outcome:
     grown: Sequence[Growth]
     left_out: Sequence[str]
     took_s: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Every figure."""
+        plain = {name: getattr(self, name) for name in ("duplicates", "restarts", "outages", "took_s")}
+        return plain | {
+            "verdict": self.verdict.model_dump(),
+            "exercised": self.exercised.model_dump(),
+            "recovery_s": {name: list(times) for name, times in self.recovery_s.items()},
+            "errors": list(self.errors),
+            "left_out": list(self.left_out),
+            "processes": [one.model_dump() for one in self.grown],
+        }
 
 
 @dataclass
@@ -56,16 +72,20 @@ class Chaos:
     poison: int = 10
     users: int = 8
     steps: int | None = None
+    picky: float | None = None
+    escalation: Mapping[str, float] = field(default_factory=dict)
     limit_s: float = float("inf")
 
     def __post_init__(self) -> None:
         self.began = time.monotonic()
+        self.all_exercised = False
         self.injected = self.duplicates = self.unrecovered = 0
         self.recovery_s: dict[str, list[float]] = defaultdict(list)
         self.load = Load(
-            self.rig.url, self.prompts, users=self.users, enough=self._enough, seed=self.seed, steps=self.steps
-        )
-        self.faults = Faults(self.rig, self.load, random.Random(self.seed))
+            self.rig.url, self.prompts, users=self.users, enough=self._enough, seed=self.seed, steps=self.steps,
+            picky=self.picky,
+        )  # fmt: skip
+        self.faults = Faults(self.rig, self.load, random.Random(self.seed), escalation=self.escalation)
         self.plan = plan(self.seed, rounds=self.rounds, requests=self.requests, without=self.faults.without())
         self.watch = Watch(self.rig.pids, time.monotonic)
         self._over = threading.Event()
@@ -74,16 +94,19 @@ class Chaos:
         return time.monotonic() - self.began > self.limit_s
 
     def _enough(self, sent: int) -> bool:
-        return self._late() or (sent >= self.requests and self.injected == len(self.plan))
+        return self._late() or (sent >= self.requests and self.injected == len(self.plan) and self.all_exercised)
 
     def run(self) -> Outcome:
         load = threading.Thread(target=self.load.run, name="load")
         twice = threading.Thread(target=self._duplicate, name="duplicates")
         self.watch.start()
+        self.faults.escalate(self.escalation)
         for thread in (load, twice):
             thread.start()
         try:
             self._inject_all()
+            self.rig.soon(self._exercised_all, EXTRA_S)
+            self.all_exercised = True
             self.rig.soon(lambda: not load.is_alive(), 600.0)
             with contextlib.suppress(ModmError):
                 self.faults.unpin()
@@ -108,9 +131,13 @@ class Chaos:
             seen,
             prompts={i: tally.prompts[i] for i in tally.accepted},
             poison=tally.poison,
+            poison_again=tally.poison_again,
             damaged=self.faults.damaged,
+            cancelled=self.faults.cancelled,
             max_attempts=self.rig.settings.worker.max_attempts,
+            limits=self.rig.limits,
         )
+        took_part = exercised(seen.records, seen.logs, self.rig.limits, waiting_at_death=self.faults.waiting_at_death)
         return Outcome(
             verdict=verdict.model_copy(
                 update={
@@ -118,8 +145,10 @@ class Chaos:
                     "unrecovered": self.unrecovered,
                     "not_injected": len(self.plan) - self.injected,
                     "growing": sum(not one.flat for one in grown),
+                    "not_exercised": len(took_part.never),
                 }
             ),
+            exercised=took_part,
             recovery_s=dict(self.recovery_s),
             duplicates=self.duplicates,
             restarts=self.rig.restarts,
@@ -136,6 +165,17 @@ class Chaos:
         except ModmError:
             return False
         return counts["open"] == 0 and counts["unadmitted"] == 0
+
+    def _exercised_all(self) -> bool:
+        """Whether every mechanism has taken part by now."""
+        try:
+            records = {r.id: r for r in self.rig.ledger.get_many(list(self.load.tally.accepted))}
+            logs = {i: self.rig.ledger.log(i) for i in records}
+        except ModmError:
+            return False
+        now = exercised(records, logs, self.rig.limits, waiting_at_death=self.faults.waiting_at_death)
+        # What only a fault brings about comes no more.
+        return self._late() or set(now.never) <= BY_FAULTS
 
     def _inject_all(self) -> None:
         tally = self.load.tally
@@ -165,15 +205,7 @@ class Chaos:
 
     def _recovered(self, fault: str, before: int) -> bool:
         try:
-            return (
-                self.load.tally.ended > before and self.rig.whole() and self.faults.over(fault) and self._poison_ended()
-            )
-        except ModmError:
-            return False
-
-    def _poison_ended(self) -> bool:
-        try:
-            return all(r.state in FINAL for r in self.rig.ledger.get_many(list(self.load.tally.poison)))
+            return self.faults.over(fault) and self.load.tally.ended > before and self.rig.whole()
         except ModmError:
             return False
 

@@ -25,7 +25,8 @@ FAULTS = {
     "skew-clock": "a process started again with its clock up to a day wrong",
     "fill-disk": "the image disk full to the last byte, then emptied",
     "cut-hosts": "two hosts cut from each other, then joined",
-    "poison": "prompts that kill the process that draws them, at each attempt",
+    "cancel-source": "a request cancelled that another one waits on",
+    "poison": "prompts that kill the process that draws them, at each attempt or from the second drawing on",
 }
 
 

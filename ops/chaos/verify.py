@@ -17,9 +17,10 @@ from modm_tasks.image_store import decode_image
 from modm_tasks.ledger import Ledger
 from modm_tasks.messages import FINAL, RequestRecord, Route, State
 from modm_tasks.settings import Settings
+from ops.chaos.mechanisms import Limits, Log, escalations, too_deep
 
 #: Fields of the verdict that may be anything.
-COUNTS = frozenset({"accepted", "done", "stored", "poison_failed", "damaged", "computed_twice"})
+COUNTS = frozenset({"accepted", "done", "stored", "cancelled", "poison_failed", "damaged", "computed_twice"})
 
 
 class Verdict(BaseModel):
@@ -30,6 +31,7 @@ class Verdict(BaseModel):
     accepted: int
     done: int
     stored: int = 0
+    cancelled: int = 0
     poison_failed: int
     damaged: int = 0
     computed_twice: int
@@ -43,8 +45,11 @@ class Verdict(BaseModel):
     wrong_payload: int
     extra_vectors: int
     idle_workers: int
+    cancelled_unasked: int = 0
+    too_deep: int = 0
     unrecovered: int = 0
     not_injected: int = 0
+    not_exercised: int = 0
     growing: int = 0
     orphans: int = 0
 
@@ -59,7 +64,7 @@ class Verdict(BaseModel):
 
 
 class Seen(BaseModel):
-    """What the system says at the end, by request id. ``known``: every id of the ledger, ours or not; ``states``: the
+    """What the system says at the end, by request id. ``known``: every id of the ledger, ours or not; ``logs``: the
     transitions of each request, in order; ``vectors``: the cache's entries; ``readable``: ids whose image opens.
     """
 
@@ -67,7 +72,7 @@ class Seen(BaseModel):
 
     records: dict[str, RequestRecord]
     known: frozenset[str]
-    states: dict[str, tuple[str, ...]]
+    logs: dict[str, Log]
     vectors: dict[str, dict[str, Any]]
     vector_rows: int
     readable: frozenset[str]
@@ -81,7 +86,7 @@ def gather(ledger: Ledger, client: Client, accepted: Sequence[str]) -> Seen:
     return Seen(
         records=records,
         known=frozenset(ledger.index("open", limit=1_000_000) + ledger.index("finished", limit=1_000_000)),
-        states={i: tuple(state for _, state, _ in ledger.log(i)) for i in records},
+        logs={i: ledger.log(i) for i in records},
         vectors={str(row["id"]): row for row in rows},
         vector_rows=len(rows),
         readable=frozenset(i for i in done if _readable(client, i)),
@@ -89,10 +94,22 @@ def gather(ledger: Ledger, client: Client, accepted: Sequence[str]) -> Seen:
 
 
 def judge(
-    seen: Seen, *, prompts: Mapping[str, str], poison: Collection[str], damaged: Mapping[str, float], max_attempts: int
+    seen: Seen,
+    *,
+    prompts: Mapping[str, str],
+    poison: Collection[str],
+    damaged: Mapping[str, float],
+    max_attempts: int,
+    limits: Limits,
+    poison_again: Collection[str] = (),
+    cancelled: Collection[str] = (),
 ) -> Verdict:
-    """``prompts``: id -> prompt of all accepted requests. ``damaged``: id -> when the run itself broke its image, Unix s."""
-    records, states = seen.records, seen.states
+    """``prompts``: id -> prompt of all accepted requests. ``damaged``: id -> when the run itself broke its image, Unix s.
+    ``poison_again``: may fail, but need not. ``cancelled``: whose end the run asked for; some were done before that.
+    """
+    records = seen.records
+    states = {i: [state for _, state, _ in log] for i, log in seen.logs.items()}
+    ended = {i for i, r in records.items() if r.state is State.CANCELLED}
     done = {i for i, r in records.items() if r.state is State.DONE}
     failed = {i for i, r in records.items() if r.state is State.FAILED}
     stored = {i for i in done if _is_stored(records[i])}
@@ -108,11 +125,12 @@ def judge(
         accepted=len(prompts),
         done=len(done),
         stored=len(stored),
-        poison_failed=len(failed & set(poison)),
+        cancelled=len(ended & set(cancelled)),
+        poison_failed=len(failed & (set(poison) | set(poison_again))),
         damaged=len(damaged),
-        computed_twice=sum(1 for i in done if states[i].count(State.RUNNING.value) > 1),
+        computed_twice=sum(1 for i in done if states[i].count(State.RUNNING.value) > 1 + escalations(seen.logs[i])),
         lost=sum(1 for i in prompts if i not in records or records[i].state not in FINAL),
-        failed=len(failed - set(poison)),
+        failed=len(failed - set(poison) - set(poison_again)),
         doubled=sum(1 for i in records if records[i].state in FINAL and finals[i] != 1),
         accepted_twice=len(seen.known - set(prompts)),
         poison_wrong=sum(1 for i in poison if i not in failed or records[i].attempt < max_attempts),
@@ -121,6 +139,8 @@ def judge(
         wrong_payload=sum(1 for i in due & set(seen.vectors) if not _matches(seen.vectors[i], records[i], prompts[i])),
         extra_vectors=len(set(seen.vectors) - (done - stored)) + seen.vector_rows - len(seen.vectors),
         idle_workers=0,
+        cancelled_unasked=len(ended - set(cancelled)),
+        too_deep=too_deep(records, seen.logs, limits),
     )
 
 

@@ -6,6 +6,7 @@ points, `modm-plus` adds the mechanisms below, each of which can be named by its
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 from modm_tasks.errors import InvalidInputError
@@ -86,6 +87,13 @@ def features_of(policy: str, text: str) -> frozenset[str]:
     return named or (frozenset(FEATURES) if policy == "modm-plus" else frozenset())
 
 
+def parameters(request: SubmitRequest) -> str:
+    """What an image is drawn with beside prompt and seed, as text that is equal where that is; "" for the defaults."""
+    names = ("negative_prompt", "size", "num_inference_steps", "guidance_scale")
+    asked = {name: value for name in names if (value := getattr(request, name)) is not None and value != ""}
+    return json.dumps(asked) if asked else ""
+
+
 def route(given: RouteInput) -> Decision:
     """Decide. A reason in words comes with it."""
     request = given.request
@@ -127,8 +135,13 @@ def skipped_steps(given: RouteInput, similarity: float) -> int | None:
     rung = given.ladder.lowered(given.lowered_rungs).lookup(similarity)
     if rung is None:
         return None
+    return _own_steps(given, rung.skipped_steps)
+
+
+def _own_steps(given: RouteInput, k: int) -> int:
+    """Steps of the ladder's T as steps of the request's own; at least one is left to draw."""
     total = given.request.num_inference_steps or given.total_steps
-    return min(total - 1, round(rung.skipped_steps * total / given.ladder.num_inference_steps))
+    return min(total - 1, round(k * total / given.ladder.num_inference_steps))
 
 
 def _verify_floor(given: RouteInput, similarity: float) -> float | None:
@@ -157,8 +170,9 @@ def _hit(given: RouteInput) -> Decision | None:
     if k is None:
         return None
     note = ""
-    if "repeats" in given.features and found.same_prompt and given.request.seed is None and k > given.repeat_max_k:
-        k, note = given.repeat_max_k, "; repeat without a seed, so k is bounded for variety"
+    bound = _own_steps(given, given.repeat_max_k)
+    if "repeats" in given.features and found.same_prompt and given.request.seed is None and k > bound:
+        k, note = bound, "; repeat without a seed, so k is bounded for variety"
     return Decision(
         route=Route.SMALL_REFINE, policy=given.policy, skipped_steps=k, source_id=found.id, source_uri=found.uri,
         source_depth=found.depth, similarity=found.similarity, verify_floor=_verify_floor(given, found.similarity),
@@ -183,9 +197,14 @@ def _wait(given: RouteInput, hit: Decision | None) -> Decision | None:
     total = given.request.num_inference_steps or given.total_steps
     finish_s = source.ready_in_s + given.small_service_s * (1 - k / total)
     idle = given.miss_wait_s <= 0
-    if hit is not None:
+    if hit is not None and given.found is not None:
         now_s = given.small_service_s * (1 - hit.skipped_steps / total)
-        if k <= hit.skipped_steps or idle or finish_s >= given.miss_wait_s + now_s + given.large_service_s:
+        # The rung counts, not a k that was bounded for variety: that bound would hold after waiting too.
+        if (
+            k <= (skipped_steps(given, given.found.similarity) or 0)
+            or idle
+            or finish_s >= given.miss_wait_s + now_s + given.large_service_s
+        ):
             return None
     elif idle and finish_s > IDLE_PATIENCE * given.large_service_s > 0:
         return None

@@ -6,86 +6,20 @@ No thread runs: requests are routed, completions admitted and the watchdog looks
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
-from modm_tasks.image_store import ImageStore
-from modm_tasks.ledger import Ledger
-from modm_tasks.messages import Completion, RequestRecord, Route, State, SubmitRequest
-from modm_tasks.settings import WorkerSettings
-from orchestrator.build import build_service
-from orchestrator.service import Service
+from modm_tasks.messages import Completion, Route, State, SubmitRequest
 from tests.conftest import SettingsFactory
 from tests.support.processes import wait_until
-from vector_store.embedder import encode_vector, load_embedder
-from workers.runtime import Runtime
+from tests.support.rig import FIRST, LARGE, OTHER, SECOND, SMALL, THIRD, MakeRig, Rig, rigs
+from vector_store.embedder import encode_vector
 from workers.serve import serve_one
-from workers.testing import FakeEngine
-
-LARGE, SMALL = "large-gen", "small-refine"
-FIRST, SECOND, THIRD = "one two three four five six", "one two three four five seven", "one two three nine five seven"
-OTHER = "purple zebras juggle quietly beneath marble"
-
-
-class Rig:
-    """A service whose threads were not started, and a worker that draws when asked."""
-
-    def __init__(self, service: Service) -> None:
-        self.service, settings = service, service.settings
-        engine = FakeEngine(settings)
-        engine.load([settings.large_model, settings.small_model])
-        self.runtime = Runtime(
-            settings, worker="gpu0@test", engine=engine, embedder=load_embedder("fake"),
-            store=ImageStore(settings.image_root), ledger=Ledger.from_settings(settings),
-        )  # fmt: skip
-        self.ledger = service.ledger
-
-    def submit(self, prompt: str, **fields: Any) -> str:
-        """Accept and route."""
-        request_id = self.service.submit(SubmitRequest(prompt=prompt, **fields)).id
-        self.service.parts.pipeline.route_batch([request_id])
-        return request_id
-
-    def draw(self, queue: str) -> str:
-        """The worker serves the best of a queue and its completion arrives."""
-        served = str(serve_one(self.runtime, queue)["served"])
-        self.service.parts.admission.admit(served)
-        return served
-
-    def get(self, request_id: str) -> RequestRecord:
-        return self.ledger.get(request_id)
-
-    def waits_on(self, request_id: str) -> str | None:
-        return self.ledger.field(request_id, "waits_on") if self.get(request_id).state is State.WAITING else None
-
-    def ready(self, queue: str) -> list[str]:
-        return [request_id for request_id, _ in self.ledger.ready(queue)]
-
-    def looked(self, done: Callable[[], bool], what: str) -> None:
-        def look() -> bool:
-            self.service.parts.watchdog.look()
-            return done()
-
-        wait_until(look, 20, what)
-
-
-MakeRig = Callable[..., Rig]
 
 
 @pytest.fixture
 def make_rig(settings: SettingsFactory) -> Iterator[MakeRig]:
-    made: list[Rig] = []
-
-    def make(**overrides: Any) -> Rig:
-        worker = WorkerSettings(engine="fake", fake_large_s=0, fake_small_s=0, mode="pooled", max_attempts=1)
-        made.append(Rig(build_service(settings(**({"worker": worker, "embedder": "fake"} | overrides)))))
-        return made[-1]
-
-    yield make
-    for rig in made:
-        rig.service.parts.cache.close()
-        rig.runtime.ledger.redis.close()
+    yield from rigs(settings)
 
 
 def failed(rig: Rig, source: str) -> None:
@@ -141,6 +75,35 @@ def test_a_chain_is_refined_link_by_link(make_rig: MakeRig) -> None:
     assert last.decision is not None
     assert (last.decision.source_id, last.completion.depth) == (second, 2)
     assert last.decision.predicted_similarity == pytest.approx(last.decision.similarity, abs=1e-4)
+
+
+def test_a_link_that_is_cancelled_lets_the_next_go_on(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    first, second, third = (rig.submit(p) for p in (FIRST, SECOND, THIRD))
+    assert rig.waits_on(third) == second
+    rig.service.cancel(second)
+    assert (rig.ready(LARGE), rig.ready(SMALL)) == ([first, third], [])
+    assert "source cancelled" in rig.get(third).decision.reason  # type: ignore[union-attr]
+    rig.draw(LARGE)
+    assert (rig.ready(LARGE), rig.ready(SMALL)) == ([], [third]), "late binding finds what it might have waited on"
+
+
+def test_waiting_is_on_earlier_requests_only_so_it_never_goes_round(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    prompts = [FIRST.replace("six", f"x{i % 3}").replace("two", f"y{i % 2}") for i in range(12)]
+    ids = [rig.service.submit(SubmitRequest(prompt=prompt)).id for prompt in prompts]
+    rig.service.parts.pipeline.route_batch(ids[::2] + ids[1::2])  # the order of routing is not that of acceptance
+    again = ids[4]
+    assert rig.ledger.waiters(again)
+    rig.ledger.end(again, State.FAILED, "x")
+    rig.service.parts.admission.wake_waiters(again)
+    rig.service.retry(again)
+    rig.service.parts.pipeline.route_batch([again])
+    sources = {i: source for i in ids if (source := rig.waits_on(i)) is not None}
+    assert len(sources) > 3
+    assert again in sources
+    for waiter, source in sources.items():
+        assert rig.get(source).accepted_s < rig.get(waiter).accepted_s
 
 
 def test_no_chain_is_longer_than_allowed(make_rig: MakeRig) -> None:
@@ -203,6 +166,34 @@ def test_a_queued_miss_becomes_a_hit_when_an_image_like_it_arrives(make_rig: Mak
     assert (rig.ready(LARGE), rig.ready(SMALL)) == ([], [second])
     assert rig.get(second).decision.reason.startswith("late binding: hit")  # type: ignore[union-attr]
     assert serve_one(rig.runtime, LARGE)["served"] is None  # the stale task finds nothing
+
+
+def test_late_binding_takes_no_image_that_was_refined_too_often(make_rig: MakeRig) -> None:
+    """Found by `make chaos`: it looked at the new image only, and not at its depth."""
+    rig = make_rig(cache={"max_depth": 0})
+    rig.submit(FIRST)
+    rig.draw(LARGE)
+    bounded = rig.submit(SECOND, min_similarity=0.95, features="late-binding,drift")
+    free = rig.submit(SECOND, min_similarity=0.95, features="late-binding")
+    assert rig.ready(LARGE) == [bounded, free]
+    refined = rig.submit(SECOND, features="late-binding,drift")
+    assert rig.draw(SMALL) == refined
+    assert rig.get(refined).completion.depth == 1  # type: ignore[union-attr]
+    assert (rig.ready(LARGE), rig.ready(SMALL)) == ([bounded], [free])
+
+
+def test_a_source_that_is_finished_while_no_orchestrator_runs_is_used_by_the_next_one(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    source, waiter = rig.submit(FIRST), rig.submit(SECOND)
+    rig.service.parts.cache.close()
+    assert serve_one(rig.runtime, LARGE)["served"] == source
+    new = make_rig()
+    new.service.start()
+    try:
+        wait_until(lambda: new.get(waiter).state is State.QUEUED, 20, "the completion that nobody heard")
+        assert new.ready(SMALL) == [waiter]
+    finally:
+        new.service.stop()
 
 
 def test_waiters_survive_a_restart_and_open_requests_are_sources_again(make_rig: MakeRig) -> None:

@@ -105,6 +105,22 @@ def test_a_weak_hit_waits_for_a_better_rung_under_load_only() -> None:
     assert routing.route(given(features="inflight", found=FOUND, unfinished=far, miss_wait_s=30.0)).source_id == "a"
 
 
+def test_a_repeat_whose_k_is_bounded_does_not_wait_for_what_would_be_bounded_too() -> None:
+    twin = Found(id="a", uri="a.png", similarity=0.33, same_prompt=True)
+    again = Unfinished(id="b", predicted=0.33)
+    found = routing.route(given("modm-plus", found=twin, unfinished=again, miss_wait_s=30.0))
+    assert (found.source_id, found.waits_on, found.skipped_steps) == ("a", None, 25)
+
+
+def test_what_else_was_asked_for_is_compared_whole() -> None:
+    plain = routing.parameters(SubmitRequest(prompt="a", seed=7, deadline_s=3.0, client="c"))
+    assert plain == routing.parameters(SubmitRequest(prompt="b")) == ""
+    ones = [
+        SubmitRequest(prompt="a", size=size, num_inference_steps=steps) for size in (None, "64x64") for steps in (1, 2)
+    ]
+    assert len({routing.parameters(one) for one in ones}) == 4
+
+
 def test_exact_repeats() -> None:
     twin = Found(id="a", uri="a.png", similarity=0.33, same_prompt=True, same_seed=True)
     stored = routing.route(given(features="repeats", request={"seed": 7}, found=twin))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from modm_tasks.messages import Completion, Decision, RequestRecord, Route, State, SubmitRequest
-from ops.chaos.load import body
+from ops.chaos.mechanisms import Exercised, Limits, exercised, overtakers
 from ops.chaos.rig import rig_environ
 from ops.chaos.schedule import FAULTS, plan, share
+from ops.chaos.traffic import REPEATED, TURN, body, paraphrase
 from ops.chaos.verify import Seen, Verdict, judge
 from ops.chaos.watch import LEAST_S, WARM_UP_S, Sample, growth, longest
+
+LIMITS = Limits(wait_depth=2, max_depth=2)
 
 
 def record(number: int, state: State = State.DONE, *, route: Route = Route.LARGE_GEN, **fields: Any) -> RequestRecord:
@@ -22,12 +26,23 @@ def record(number: int, state: State = State.DONE, *, route: Route = Route.LARGE
     return RequestRecord(
         id=f"id-{number}",
         state=state,
-        request=SubmitRequest(prompt=f"prompt {number}"),
-        decision=Decision(route=route, policy="modm-plus", source_id=fields.pop("source_id", None)),
+        request=SubmitRequest(prompt=f"prompt {number}", deadline_s=fields.pop("deadline_s", None)),
+        decision=Decision(
+            route=route,
+            policy="modm-plus",
+            source_id=fields.pop("source_id", None),
+            source_uri="x" if "source_depth" in fields else None,
+            source_depth=fields.pop("source_depth", 0),
+        ),
         completion=done if state is State.DONE else None,
         attempt=fields.pop("attempt", 1),
         **fields,
     )
+
+
+def log(*moves: str) -> list[tuple[float, str, str]]:
+    """``"state note"`` of each move, a second apart."""
+    return [(float(at), *move.partition(" ")[::2]) for at, move in enumerate(moves)]
 
 
 def seen(*records: RequestRecord, **changes: Any) -> Seen:
@@ -36,7 +51,7 @@ def seen(*records: RequestRecord, **changes: Any) -> Seen:
     fields: dict[str, Any] = {
         "records": {r.id: r for r in records},
         "known": frozenset(r.id for r in records),
-        "states": {r.id: ("accepted", "queued", "running", r.state.value) for r in records},
+        "logs": {r.id: log("accepted", "queued", "running", r.state.value) for r in records},
         "vectors": {r.id: {"prompt": r.request.prompt, "uri": r.completion.uri} for r in cached if r.completion},
         "vector_rows": len(cached),
         "readable": frozenset(r.id for r in records if r.state is State.DONE),
@@ -46,7 +61,7 @@ def seen(*records: RequestRecord, **changes: Any) -> Seen:
 
 def verdict(what: Seen, *, ids: int = 3, **changes: Any) -> Verdict:
     prompts = {f"id-{i}": f"prompt {i}" for i in range(ids)}
-    fields: dict[str, Any] = {"prompts": prompts, "poison": (), "damaged": {}, "max_attempts": 3}
+    fields: dict[str, Any] = {"prompts": prompts, "poison": (), "damaged": {}, "max_attempts": 3, "limits": LIMITS}
     return judge(what, **fields | changes)
 
 
@@ -63,10 +78,23 @@ def test_the_plan_is_a_function_of_the_seed() -> None:
     assert [share(10, 3, i) for i in range(3)] == [4, 3, 3]
 
 
-def test_the_load_is_a_function_of_the_seed() -> None:
-    assert body(3, "p", 1) == body(6, "p", 1) != body(3, "p", 2)
-    assert body(1, "p", 1) == {"prompt": "p"}
-    assert body(1, "p", 1, 10) == {"prompt": "p", "num_inference_steps": 10}
+def test_the_load_is_a_function_of_the_seed_and_has_an_occasion_for_everything() -> None:
+    prompts = [f"scene {i}" for i in range(50)]
+
+    def sent(seed: int) -> list[dict[str, Any]]:
+        return [body(n, prompts, seed=seed, picky=0.9, steps=10) for n in range(10 * TURN)]
+
+    first = sent(1)
+    assert first == sent(1) != sent(2)
+    assert all(SubmitRequest.model_validate(one) for one in first)
+    seeded = [(one["prompt"], one["seed"]) for one in first if "seed" in one]
+    assert sorted(Counter(seeded).values()) == [2] * REPEATED
+    for turn in range(10):
+        new, like, again = first[turn * TURN + 1 : turn * TURN + 4]
+        assert new["prompt"] == paraphrase(like["prompt"]) != like["prompt"] == again["prompt"]
+        assert "min_similarity" in new
+        assert ("min_similarity" in like) is (turn % 2 == 0)
+    assert min(one["deadline_s"] for one in first) < 100 < max(one["deadline_s"] for one in first)
 
 
 def test_a_callers_settings_win_over_the_runs_but_not_its_home() -> None:
@@ -91,6 +119,46 @@ def test_poison_that_failed_after_all_attempts_is_clean() -> None:
     assert verdict(seen(*(record(i) for i in range(3))), poison={"id-2"}).missed == {"poison_wrong": 1}
 
 
+def test_poison_from_the_second_drawing_on_may_fail_or_be_answered_and_a_cancelled_source_is_no_loss() -> None:
+    rows = (record(0), record(1, State.CANCELLED), record(2, State.FAILED, attempt=3))
+    found = verdict(seen(*rows), poison_again={"id-0", "id-2"}, cancelled={"id-0", "id-1"})
+    assert found.clean
+    assert (found.cancelled, found.poison_failed) == (1, 1)
+
+
+def test_what_took_part_is_read_from_the_transitions() -> None:
+    waits = "waiting on id-0", "queued after waiting (source done, predicted 0.7): hit: similarity 0.7 skips 6 steps"
+    logs = {
+        "id-0": log("accepted", "queued miss: x", "running", "queued verify: score 0.1 below 0.2", "running", "done"),
+        "id-1": log("accepted", *waits, "running", "done"),
+        "id-2": log(
+            "accepted", "waiting on id-1", "queued after waiting (source failed, predicted 0): miss: x", "done"
+        ),
+        "id-3": log("accepted", "queued miss: x", "queued late binding: hit: x", "done the refined image after all: x"),
+    }
+    rows = {r.id: r for r in (record(0), record(1, source_depth=2), record(2, route=Route.STORED), record(3))}
+    found = exercised(rows, logs, LIMITS, waiting_at_death=4)
+    assert found.model_dump(exclude_defaults=True) == {
+        "waited": 2, "refined_what_they_waited_for": 1, "waited_in_a_chain_at_its_limit": 1, "waited_on_a_failed_source": 1,
+        "waiting_when_the_orchestrator_died": 4, "rebound": 1, "answered_with_the_stored_image": 1, "escalated": 1,
+        "drawn_again": 1, "answered_with_the_fallback": 1, "refined_from_the_depth_limit": 1,
+    }  # fmt: skip
+    assert set(found.never) == set(Exercised.model_fields) - set(found.model_dump(exclude_defaults=True))
+
+
+def test_one_in_a_hurry_overtakes_in_its_own_queue_only() -> None:
+    patient, hurried = record(0, deadline_s=600.0, accepted_s=1.0), record(1, deadline_s=30.0, accepted_s=2.0)
+    rows = {r.id: r for r in (patient, hurried)}
+
+    def miss(taken_s: float) -> list[tuple[float, str, str]]:
+        return [(3.0, "queued", "miss: x"), (taken_s, "running", "")]
+
+    assert overtakers(rows, {"id-0": miss(9.0), "id-1": miss(5.0)}) == {"id-1"}
+    assert overtakers(rows, {"id-0": miss(4.0), "id-1": miss(5.0)}) == set()
+    other = [(3.0, "queued", "hit: x"), (5.0, "running", "")]
+    assert overtakers(rows, {"id-0": miss(9.0), "id-1": other}) == set()
+
+
 ROWS = tuple(record(i) for i in range(3))
 
 
@@ -99,8 +167,10 @@ ROWS = tuple(record(i) for i in range(3))
     [
         (seen(*ROWS[:2]), "lost"),
         (seen(*ROWS[:2], record(2, State.RUNNING)), "lost"),
-        (seen(*ROWS, states={r.id: ("running", "done", "done") for r in ROWS}), "doubled"),
-        (seen(*ROWS, states={r.id: ("running", "failed", "done") for r in ROWS}), "doubled"),
+        (seen(*ROWS, logs={r.id: log("running", "done", "done") for r in ROWS}), "doubled"),
+        (seen(*ROWS, logs={r.id: log("running", "failed", "done") for r in ROWS}), "doubled"),
+        (seen(*ROWS[:2], record(2, State.CANCELLED)), "cancelled_unasked"),
+        (seen(*ROWS[:2], record(2, source_depth=3)), "too_deep"),
         (seen(*ROWS, known=frozenset({"id-0", "id-1", "id-2", "twin"})), "accepted_twice"),
         (seen(*ROWS, readable=frozenset({"id-0"})), "without_image"),
         (seen(*ROWS, vectors={}, vector_rows=0), "without_vector"),
@@ -115,9 +185,11 @@ def test_everything_else_is_seen(what: Seen, missed: str) -> None:
 
 
 def test_work_done_twice_is_counted_but_allowed() -> None:
-    states = {r.id: ("queued", "running", "queued", "running", "done") for r in ROWS}
-    assert verdict(seen(*ROWS, states=states)).computed_twice == 3
-    assert verdict(seen(*ROWS, states=states)).clean
+    logs = {r.id: log("queued", "running", "queued", "running", "done") for r in ROWS}
+    assert verdict(seen(*ROWS, logs=logs)).computed_twice == 3
+    assert verdict(seen(*ROWS, logs=logs)).clean
+    again = {r.id: log("queued", "running", "queued verify: score 0.1 below 0.2", "running", "done") for r in ROWS}
+    assert verdict(seen(*ROWS, logs=again)).computed_twice == 0
 
 
 def test_a_stored_repeat_needs_no_vector_but_a_readable_image() -> None:
