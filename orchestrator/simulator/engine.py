@@ -56,6 +56,8 @@ class Simulation:
         self.refuse_until = 0.0
         self.fleet = Fleet(config.gpus, config.workers, self._first_large())
         self.end_sum = 0.0
+        #: By worker: when it ends what it draws, or has ended.
+        self.ends = [0.0] * config.gpus
         self.switching: set[int] = set()
         self.windows = Windows(config.window_s, config.bucket_s)
         self.router = SimulatedRouter(self)
@@ -213,6 +215,7 @@ class Simulation:
         self.outcome.started(row, self.now, decision, large=large)
         end = self.now + service
         self.end_sum += end
+        self.ends[worker] = end
         self.outcome.worker[row] = worker
         self._push(end, _DONE_EVENT, row)
 

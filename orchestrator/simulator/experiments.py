@@ -22,12 +22,14 @@ class System:
 
 
 #: Published roles for the paper's policies; `slo` has pooled roles, its default where both models are resident, and its
-#: overload control. All have the published router but the last, which adds our mechanisms.
+#: overload control; also without the latter, and with the published roles. All have the published router but the last, which
+#: adds our mechanisms.
 SYSTEMS = (
     System(name="modm-quality", change={"workers": "roles", "allocation": "modm-quality"}),
     System(name="modm-throughput", change={"workers": "roles", "allocation": "modm-throughput"}),
     System(name="slo", change={"workers": "pooled-roles", "allocation": "slo", "degrade": True}),
     System(name="slo, quality never lowered", change={"workers": "pooled-roles", "allocation": "slo"}),
+    System(name="slo, published roles", change={"workers": "roles", "allocation": "slo"}),
     System(
         name="slo + in-flight, late binding",
         change={

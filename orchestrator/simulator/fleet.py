@@ -80,6 +80,10 @@ class Fleet:
             "small": ROLE_QUEUES[queue_mode, "small"],
         }
 
+    def is_idle(self, role: Role) -> bool:
+        """Whether some worker of the role has nothing to do."""
+        return bool(self._idle[role])
+
     def take_worker(self, queue: str) -> int | None:
         """An idle worker that serves ``queue``, of the role that prefers it where there is one; it is busy then."""
         first: Role = "large" if queue == LARGE_GEN else "small"

@@ -34,21 +34,27 @@ class SimulatedRouter:
             return 0.0
         if fleet.mode == "pooled":
             return (large + small + running_s) / sim.config.gpus
-        share = fleet.n_large / sim.config.gpus
+        running_large_s = sum(
+            end - sim.now
+            for end, role, busy in zip(sim.ends, fleet.roles, fleet.busy, strict=True)
+            if busy and role == "large"
+        )
+        running_small_s = running_s - running_large_s
+        n_large, n_small = fleet.n_large, sim.config.gpus - fleet.n_large
+        miss_load, hit_load = sim.controller.load_workers if sim.controller else (0.0, 0.0)
+        miss = overload.ClassLoad(workers=n_large, work_s=large + running_large_s, arriving=miss_load)
         if fleet.mode == "pooled-roles":
-            miss_load, hit_load = sim.controller.load_workers if sim.controller else (0.0, 0.0)
-            n_large, n_small = fleet.n_large, sim.config.gpus - fleet.n_large
-            miss = overload.ClassLoad(workers=n_large, work_s=large + running_s * share, arriving=miss_load)
-            hit = overload.ClassLoad(workers=n_small, work_s=small + running_s * (1 - share), arriving=hit_load)
+            hit = overload.ClassLoad(workers=n_small, work_s=small + running_small_s, arriving=hit_load)
             pair = (miss, hit) if decision.route is Route.LARGE_GEN else (hit, miss)
             # The mean of the careful guess and of one queue over all: by itself the careful one refuses at low load.
             return (overload.pooled_wait_s(*pair) + (large + small + running_s) / sim.config.gpus) / 2
         if decision.route is Route.LARGE_GEN:
-            return (large + running_s * share) / max(1, fleet.n_large) if fleet.n_busy == sim.config.gpus else 0.0
-        n_small = sim.config.gpus - fleet.n_large
-        if n_small == 0:
-            return (large + small * sim.large_s / sim.small_s + running_s) / sim.config.gpus
-        return (small + running_s * (1 - share)) / n_small if fleet.n_busy == sim.config.gpus else 0.0
+            return 0.0 if fleet.is_idle("large") else (large + running_large_s) / max(1, n_large)
+        if fleet.is_idle("small") or fleet.is_idle("large"):
+            return 0.0
+        if n_small == 0:  # hits are drawn when no miss waits, with the large model
+            return overload.pooled_wait_s(overload.ClassLoad(workers=0, work_s=small * sim.large_s / sim.small_s), miss)
+        return (small + running_small_s) / n_small
 
     def decide(self, row: int, *, inflight: bool) -> Decision:
         """The decision of one request now; counted in the windows unless it waits."""

@@ -75,6 +75,17 @@ def test_a_wrong_prediction_goes_as_a_miss_in_its_old_place() -> None:
     assert out.waited.tolist() == [False, False, True, False]
 
 
+def test_admission_under_the_published_roles_looks_at_the_workers_of_the_own_role() -> None:
+    rows = [A, B, (0.0, 0.0, 1.0), (0.577, 0.577, 0.577), NEAR_A]
+    out = run(
+        rows, [0.0, 1.0, 2.0, 3.0], warm=1, gpus=2, workers="roles", allocation="static", static_large=1, admit=True
+    )
+    # One large worker, 10 s a miss, SLO 20 s. The second miss waits 9 s and ends after 19; the third would wait 18 s: it is
+    # refused, though the small worker idles, and the hit finds that one.
+    assert out.end.tolist()[1:] == [10.0, 20.0, 2.0, 5.0]
+    assert out.retry_s.tolist()[1:] == [0.0, 0.0, 8.0, 0.0]
+
+
 def test_a_large_worker_refines_a_spare_hit_with_the_large_model() -> None:
     out = run([A, A], [0.0], warm=1, workers="roles", allocation="static", static_large=1)
     # 10 s * (1 - 30/50)
