@@ -23,6 +23,7 @@ from modm_tasks.messages import FINAL, Decision, RequestRecord, Route, State
 from modm_tasks.queues import COMPLETIONS
 from modm_tasks.queues import queue as make_queue
 from modm_tasks.redis_client import short
+from orchestrator.decisions.routing import parameters
 from orchestrator.open_requests import Vector
 from orchestrator.pipeline import Pipeline
 from vector_store.cache import ImageCache
@@ -160,6 +161,7 @@ class Admission:
             namespace=request.namespace,
             source_id=decision.source_id if decision else None,
             skipped_steps=done.skipped_steps,
+            parameters=parameters(request),
         )
 
     def wake_waiters(self, source_id: str) -> None:
