@@ -80,10 +80,11 @@ def explain(request_id: Id, json: Json = False) -> None:
         ("route", decision.get("route")),
         ("why", decision.get("reason")),
         ("source", decision.get("source_id")),
-        ("similarity", decision.get("similarity")),
-        ("predicted similarity", decision.get("predicted_similarity")),
+        ("similarity", _four(decision.get("similarity"))),
+        ("predicted similarity", _four(decision.get("predicted_similarity"))),
         ("skipped steps k", decision.get("skipped_steps")),
-        ("waits on", answer["waits_on"] or decision.get("waits_on")),
+        ("waits on", answer["waits_on"]),
+        ("waited on", ", ".join(i for i in answer["waited_on"] if i != answer["waits_on"]) or None),
         ("waited s", answer["waited_s"]),
         ("others wait on it", ", ".join(answer["waiters"]) or None),
         ("position in queue", answer["position"]),
@@ -91,7 +92,7 @@ def explain(request_id: Id, json: Json = False) -> None:
         ("escalated", _escalated(answer["refined_first"])),
         ("model", done.get("model")),
         ("steps run", done.get("steps_run")),
-        ("CLIP score", record["clip_score"]),
+        ("CLIP score", _four(record["clip_score"])),
         ("attempts", record["attempt"]),
     ]
     for name, value in rows:
@@ -99,7 +100,11 @@ def explain(request_id: Id, json: Json = False) -> None:
             typer.echo(f"{name:<22}{value}")
     typer.echo("transitions")
     for step in answer["transitions"]:
-        typer.echo(f"  +{step['at_s'] - first:8.3f} s  {step['state']:<10}{step['note']}")
+        typer.echo(f"  +{step['at_s'] - first:8.3f} s  {step['state']:<10}{step['note']}".rstrip())
+
+
+def _four(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"
 
 
 def _floor(floor: float | None) -> str | None:

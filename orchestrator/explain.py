@@ -20,6 +20,7 @@ def explain(ledger: Ledger, request_id: str) -> dict[str, Any]:
         "transitions": [{"at_s": at, "state": state, "note": note} for at, state, note in log],
         "waited_s": waited_s(log, ledger.now_s()),
         "waits_on": ledger.field(request_id, "waits_on"),
+        "waited_on": waited_on(log),
         "escalated": fallback is not None,
         "refined_first": None if fallback is None else _first_drawing(fallback),
         "waiters": ledger.waiters(request_id),
@@ -31,6 +32,11 @@ def waited_s(log: Sequence[tuple[float, str, str]], now_s: float) -> float | Non
     ends = [at for at, _, _ in log[1:]] + [now_s]
     spans = [end - at for (at, state, _), end in zip(log, ends, strict=True) if state == State.WAITING.value]
     return round(sum(spans), 3) if spans else None
+
+
+def waited_on(log: Sequence[tuple[float, str, str]]) -> list[str]:
+    """The requests whose images it waited for, this one's included that it waits for now."""
+    return [note.removeprefix("on ") for _, state, note in log if state == State.WAITING.value]
 
 
 def _first_drawing(fallback: str) -> dict[str, Any]:

@@ -227,7 +227,7 @@ def test_explain_tells_of_waiting_and_of_a_second_drawing(module_stack: TestStac
     words = run_modm("requests", "explain", low["id"], env=env).stdout
     assert "yes: scenes-small, " in words
     assert f"from {first['id']}" in words
-    assert f"{low['decision']['similarity']}" in words
+    assert f"{low['decision']['similarity']:.4f}" in words
     assert "below 1.5000; before that hit: similarity" in words
 
     ids = [submit(http, f"a quiet harbour {n}", namespace="why2", features="inflight")["id"] for n in range(4)]
