@@ -19,12 +19,16 @@ LOCAL, LOCAL_FILE = "local", "profile.toml"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelProfile:
-    """``image_s``: seconds of one full image; None = not measured. ``step_s``: of one step, where that was told apart."""
+    """``image_s``: seconds of one full image; None = not measured. ``step_s``: of one step, where that was told apart.
+
+    ``spread``: equally likely values of a worker's time for an image over the median; empty = always the same.
+    """
 
     image_s: float | None
     source: str
     step_s: float | None = None
     inferred: bool = False
+    spread: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +89,7 @@ def load_profile(name: str) -> DeviceProfile:
                 source=str(row.get("source", "")),
                 inferred=bool(row.get("inferred", False)),
                 step_s=None if row.get("step_s") is None else float(row["step_s"]),
+                spread=tuple(float(v) for v in row.get("spread", ())),
             )
             for model, row in data["models"].items()
         }
@@ -113,5 +118,6 @@ def as_toml(found: Mapping[str, Any]) -> str:
     ]
     for model, row in found["models"].items():
         lines += ["", f"[models.{json.dumps(model)}]", f"image_s = {row['image_s']}", f"step_s = {row['step_s']}"]
+        lines += [f"spread = {json.dumps(row['spread'])}"] if "spread" in row else []
         lines.append(f"source = {json.dumps('median of ' + str(row['draws']) + ' images on this machine')}")
     return "\n".join(lines) + "\n"

@@ -22,6 +22,8 @@ from orchestrator.traces.rows import TraceRow
 #: Rows for: large images, all workers busy; the policy's own mix, all workers busy; one request at a time.
 LARGE_ROWS, BUSY_ROWS, ALONE_ROWS = 24, 60, 24
 ROWS = LARGE_ROWS + BUSY_ROWS + ALONE_ROWS
+#: How finely the spread of times is kept.
+SPREAD = 20
 #: The first requests of each part are not counted.
 WARM_ROWS = 4
 
@@ -66,9 +68,11 @@ def profile_of(
         )
     large_s, steps = median(_gpu_s(r) for r in large), max(_steps(r) for r in large)
     step_s, fixed_s = line([(_steps(r), _gpu_s(r)) for r in hits])
+    large_beside = median(_occupied_s(r) - _gpu_s(r) for r in large)
+    hit_beside = median(_occupied_s(r) - _gpu_s(r) for r in hits)
     share = [_gpu_s(r) / (fixed_s + step_s * _steps(r)) for r in alone if is_hit(r)]
     share += [_gpu_s(r) / large_s for r in alone if r.decision and r.decision.route is Route.LARGE_GEN]
-    beside = [r.done_s - r.claimed_s - _gpu_s(r) for r in busy if r.done_s and r.claimed_s]
+    beside = [_occupied_s(r) - _gpu_s(r) for r in busy]
     return {
         "steps": steps,
         "overhead_s": round(median(beside), 5),
@@ -79,12 +83,20 @@ def profile_of(
         "models": {
             large[0].completion.model: {  # type: ignore[union-attr]
                 "image_s": round(large_s, 5), "step_s": round(large_s / steps, 6), "draws": len(large),
+                "spread": spread([_occupied_s(r) / (large_s + large_beside) for r in large]),
             },
             hits[0].completion.model: {  # type: ignore[union-attr]
                 "image_s": round(fixed_s + step_s * steps, 5), "step_s": round(step_s, 6), "draws": len(hits),
+                "spread": spread([_occupied_s(r) / (fixed_s + step_s * _steps(r) + hit_beside) for r in hits]),
             },
         },
     }  # fmt: skip
+
+
+def spread(ratios: Sequence[float]) -> list[float]:
+    """SPREAD equally likely values of a time over its median, ascending: quantiles at the middles of as many parts."""
+    at = (np.arange(SPREAD) + 0.5) / SPREAD
+    return [round(float(v), 4) for v in np.quantile(ratios, at)]
 
 
 def line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
@@ -113,6 +125,13 @@ def gaps(records: Sequence[RequestRecord]) -> list[float]:
             found.append(r.claimed_s - free_s)
         last[r.worker] = r.done_s
     return found or [0.0]
+
+
+def _occupied_s(record: RequestRecord) -> float:
+    """From claim to end: how long the worker had it."""
+    assert record.done_s is not None
+    assert record.claimed_s is not None
+    return record.done_s - record.claimed_s
 
 
 def _gpu_s(record: RequestRecord) -> float:

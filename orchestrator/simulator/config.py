@@ -20,6 +20,7 @@ class SimConfig:
     ``overhead_s`` comes to every image; ``front_s`` passes from an arrival until the request is routed, ``claim_s`` until
     an idle worker takes it, ``gap_s`` until a worker that has just ended one does. ``alone_share``: drawing time of the
     only busy worker over that when all are busy, as they may share a machine; linear in the busy ones in between.
+    ``.._spread``: equally likely factors of a worker's time for one image; empty = always the same.
 
     ``turnaround_s``: seconds after which a user of the closed loop sends the next request.
     ``admit``: refuse at arrival what would be late.
@@ -43,6 +44,8 @@ class SimConfig:
     claim_s: float = 0.0
     gap_s: float = 0.0
     alone_share: float = 1.0
+    large_spread: tuple[float, ...] = ()
+    small_spread: tuple[float, ...] = ()
     turnaround_s: float = 0.0
     cache_capacity: int = 10_000
     cache_admission: Literal["all", "large-only"] = "all"

@@ -66,6 +66,7 @@ class Simulation:
         self._events: list[tuple[float, int, int, int]] = []
         self._seq = 0
         self._chance = np.random.default_rng(config.seed + 1)
+        self._times = np.random.default_rng(config.seed + 2)
         self._hits = self._escalated = 0
         for row in range(warm):
             self._admit_image(row)
@@ -204,6 +205,8 @@ class Simulation:
         c = self.config
         if c.alone_share < 1 and c.gpus > 1:
             service *= c.alone_share + (1 - c.alone_share) * (self.fleet.n_busy - 1) / (c.gpus - 1)
+        if factors := c.large_spread if large else c.small_spread:
+            service *= factors[int(self._times.integers(len(factors)))]
         service += c.claim_s if idle else c.gap_s
         if worker in self.switching:
             self.switching.discard(worker)

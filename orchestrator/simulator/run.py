@@ -68,7 +68,12 @@ def speeds(
         for role, model, given in (("large", large, large_s), ("small", small, small_s))
         if given is None
     }
-    return times | fixed | {name: getattr(found, name) for name in BESIDE}
+    spread = {
+        f"{role}_spread": found.models[model].spread
+        for role, model, given in (("large", large, large_s), ("small", small, small_s))
+        if given is None
+    }
+    return times | fixed | spread | {name: getattr(found, name) for name in BESIDE}
 
 
 def vectors(path: Path, *, warm: int, ladder: Ladder, lowest_rungs: int = 1) -> VectorSimilarities:

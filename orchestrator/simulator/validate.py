@@ -128,6 +128,8 @@ def config_of(report: Mapping[str, Any], rows: Sequence[Row], profile: DevicePro
             small_s=profile.image_s(small),
             large_fixed_s=profile.fixed_s(large),
             small_fixed_s=profile.fixed_s(small),
+            large_spread=profile.models[large].spread,
+            small_spread=profile.models[small].spread,
             overhead_s=profile.overhead_s,
             front_s=profile.front_s,
             claim_s=profile.claim_s,

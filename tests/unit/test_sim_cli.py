@@ -15,7 +15,7 @@ from modm_tasks.errors import InvalidInputError, NotFoundError
 from orchestrator.cli_bench_compare import bench_app
 from orchestrator.cli_simulate import simulate_command
 from orchestrator.device_profiles import FOLDER, load_profile
-from orchestrator.simulator.experiments import Cell, missed_bars
+from orchestrator.simulator.experiments import SYSTEMS, Cell, missed_bars
 
 app = typer.Typer()
 app.command("simulate")(simulate_command)
@@ -113,7 +113,7 @@ def test_sweep_and_ablation_print_tables(embeddings: Path, tmp_path: Path) -> No
     common = ("--embeddings", embeddings, "--ladder", LADDER, "--warm-cache", 200)
     code, out, _ = call("bench", "sweep", *common, "--rate-per-min", "6", "--seeds", 1, "--report", tmp_path)
     assert code == 0
-    assert out.count("| 6 |") == 5
+    assert out.count("| 6 |") == len(SYSTEMS)
     assert (tmp_path / "sweep.csv").is_file()
     code, out, _ = call("bench", "ablation", *common)
     assert code == 0

@@ -95,6 +95,15 @@ def test_a_large_worker_refines_a_spare_hit_with_the_large_model() -> None:
     assert pooled.end[1] == pytest.approx(2.0)
 
 
+def test_times_vary_as_they_were_measured() -> None:
+    rows = [tuple(row) for row in np.eye(400)]
+    out = run(rows, [0.0] * 400, gpus=400, large_spread=(0.5, 1.0, 3.0))
+    took, many = np.unique(np.round(out.end, 6), return_counts=True)
+    assert took.tolist() == [5.0, 10.0, 30.0]
+    assert many.min() > 100  # equally likely
+    assert run(rows, [0.0] * 400, gpus=400, small_spread=(3.0,)).end.tolist() == [10.0] * 400
+
+
 def test_small_workers_never_take_misses_under_the_published_roles() -> None:
     out = run([A, B], [0.0, 0.0], gpus=2, workers="roles", allocation="static", static_large=1)
     assert out.end.tolist() == [10.0, 20.0]

@@ -136,6 +136,11 @@ def test_the_stack_is_profiled_by_hand() -> None:
     assert (found["overhead_s"], found["gap_s"]) == (pytest.approx(0.03), pytest.approx(0.05))
     assert (found["front_s"], found["claim_s"]) == (pytest.approx(0.02), pytest.approx(0.004))
     assert found["alone_share"] == pytest.approx(0.8)
+    assert found["models"]["big"]["spread"] == pytest.approx([1.0] * 20)
+    # Five of 2.03 s and one of 4.06: of twenty equally likely values the last few lie between the two.
+    uneven = profile_of([*large[:5], record(99, 4.03, 50, waits_s=30.0)], hits, large, alone)["models"]["big"]["spread"]
+    assert uneven[:16] == pytest.approx([1.0] * 16)
+    assert uneven[-1] == pytest.approx(1.0 + 0.875, abs=1e-3)  # at .975 of five gaps: 4.875
     with pytest.raises(InvalidInputError, match="too few"):
         profile_of(large[:2], hits, large, alone)
     # One number of steps says nothing of the part that is no step; a line that falls is noise.
@@ -144,7 +149,7 @@ def test_the_stack_is_profiled_by_hand() -> None:
 
 
 def test_a_measured_profile_is_read_back(tmp_path: Path) -> None:
-    rows = {"image_s": 2.5, "step_s": 0.04, "draws": 7}
+    rows = {"image_s": 2.5, "step_s": 0.04, "draws": 7, "spread": [0.9, 1.0, 1.3]}
     text = as_toml(
         {"how": "test", "device": 'a "GPU"', "steps": 50, "overhead_s": 0.1, "front_s": 0.2, "models": {"a.b": rows}}
     )
@@ -153,4 +158,5 @@ def test_a_measured_profile_is_read_back(tmp_path: Path) -> None:
     assert (found.device, found.overhead_s, found.front_s, found.claim_s) == ('a "GPU"', 0.1, 0.2, 0.0)
     assert found.fixed_s("a.b") == pytest.approx(0.5)
     assert found.step_s() == {"a.b": pytest.approx(0.05)}
+    assert found.models["a.b"].spread == (0.9, 1.0, 1.3)
     assert "7 images" in found.models["a.b"].source
