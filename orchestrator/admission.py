@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,9 @@ from vector_store.entries import ImageEntry
 
 log = logging.getLogger(__name__)
 
+#: A miss that was being routed while an image entered is in no queue at that moment, so the image is looked at again later.
+AGAIN_S = 0.5
+
 
 class Admission:
     """Two threads: one listens on the broker, one does the work, so that a slow cache never delays the listener."""
@@ -50,6 +54,7 @@ class Admission:
         self.observe = observe
         self.queue = make_queue(COMPLETIONS)
         self._turn_s: dict[str, float] = {}
+        self._fresh: deque[tuple[float, RequestRecord, ImageEntry, Vector]] = deque(maxlen=4096)
         self._inbox: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._end = threading.Event()
         self._threads = [
@@ -133,6 +138,7 @@ class Admission:
             self.look_at_waiter(waiter)
         if entry is not None and vector is not None:
             self._rebind(record, entry, vector)
+            self._fresh.append((time.monotonic(), record, entry, vector))
         if self.observe is not None:
             self.observe(self.ledger.get(request_id))
 
@@ -216,6 +222,12 @@ class Admission:
             return False
         since = self._turn_s.setdefault(record.id, now_s)
         return now_s - since > self.router.settings.routing.wait_bound_s
+
+    def look_again(self) -> None:
+        """Late binding for what was being routed when an image entered. Called by the watchdog."""
+        while self._fresh and time.monotonic() - self._fresh[0][0] > AGAIN_S:
+            self._rebind(*self._fresh[0][1:])
+            self._fresh.popleft()
 
     def _rebind(self, record: RequestRecord, entry: ImageEntry, image_vector: Vector) -> None:
         """Late binding: queued misses that the new image turns into hits change their queue."""

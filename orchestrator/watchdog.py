@@ -77,7 +77,8 @@ class Watchdog:
     def look(self) -> None:
         """One round."""
         looks: tuple[Callable[[], object], ...] = (
-            self._leases, self.tokens.top_up, self._unrouted, self._waiting, self._unadmitted, self._open, self._trim,
+            self._leases, self.tokens.top_up, self._unrouted, self._waiting, self._unadmitted, self.admission.look_again,
+            self._open, self._trim,
         )  # fmt: skip
         for step in looks:
             step()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from modm_tasks.messages import Completion, Route, State, SubmitRequest
+from orchestrator.pipeline import Routed
 from tests.conftest import SettingsFactory
 from tests.support.processes import wait_until
 from tests.support.rig import FIRST, LARGE, OTHER, SECOND, SMALL, THIRD, MakeRig, Rig, rigs
@@ -166,6 +167,20 @@ def test_a_queued_miss_becomes_a_hit_when_an_image_like_it_arrives(make_rig: Mak
     assert (rig.ready(LARGE), rig.ready(SMALL)) == ([], [second])
     assert rig.get(second).decision.reason.startswith("late binding: hit")  # type: ignore[union-attr]
     assert serve_one(rig.runtime, LARGE)["served"] is None  # the stale task finds nothing
+
+
+def test_late_binding_finds_a_miss_that_was_being_routed_when_the_image_entered(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    first = rig.submit(FIRST, features="late-binding")
+    request, pipeline = SubmitRequest(prompt=SECOND, features="late-binding"), rig.service.parts.pipeline
+    second = rig.service.submit(request).id
+    decided: list[Routed] = []
+    pipeline._decide(rig.get(second), rig.service.parts.embedder.embed_texts([SECOND])[0], decided)
+    assert rig.draw(LARGE) == first
+    pipeline._queue(decided)
+    assert rig.ready(LARGE) == [second]
+    rig.looked(lambda: rig.ready(SMALL) == [second], "a second look at the new image")
+    assert rig.ready(LARGE) == []
 
 
 def test_late_binding_takes_no_image_that_was_refined_too_often(make_rig: MakeRig) -> None:
