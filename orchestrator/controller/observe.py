@@ -117,6 +117,8 @@ def snapshot_of(
         slo_s=settings.slo.multiple * (settings.slo.large_latency_s or large_s),
         oldest_large_s=_oldest_s(readings, LARGE_GEN),
         oldest_small_s=_oldest_s(readings, SMALL_REFINE),
+        latency_s=_ratio(window, "latency_sum", window.get("done", 0.0) + window.get("failed", 0.0)),
+        late_share=_ratio(window, "slo_missed", window.get("slo_total", 0.0)),
         since_move_s={w: max(0.0, readings.now_s - at) for w, at in readings.since_s.items() if w in here},
         min_dwell_s=settings.controller.min_dwell_s,
         switch_s=switch_s(readings.ready),
@@ -211,6 +213,10 @@ def _work_s(readings: Readings, queue: str, step_s: float) -> float:
 
 def _oldest_s(readings: Readings, queue: str) -> float:
     return max((readings.now_s - w.arrival_s for w in readings.waiting.get(queue, ())), default=0.0)
+
+
+def _ratio(window: Mapping[str, float], name: str, of: float) -> float | None:
+    return window.get(name, 0.0) / of if of > 0 else None
 
 
 def _sum(series: Sequence[Mapping[str, float]]) -> dict[str, float]:

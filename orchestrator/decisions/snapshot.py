@@ -25,7 +25,8 @@ class ClusterSnapshot:
     rate); 60 / them are P_L and P_S of the paper's equations. ``speeds``: of every worker, in the order in which they become
     large; empty = all alike. ``k_histogram`` counts the hits of the window by skipped steps. Work in the queues comes in
     requests and in predicted GPU seconds (hits at the small model's speed). ``since_move_s`` holds, by worker, how long it
-    has its role.
+    has its role. ``latency_s`` and ``late_share``: mean latency and share over the SLO of what ended in the window; told,
+    but no policy goes by it, since it looks back by a whole latency.
     """
 
     now_s: float
@@ -46,6 +47,8 @@ class ClusterSnapshot:
     slo_s: float = 0.0
     oldest_large_s: float = 0.0
     oldest_small_s: float = 0.0
+    latency_s: float | None = None
+    late_share: float | None = None
     since_move_s: Mapping[str, float] = field(default_factory=dict)
     min_dwell_s: float = 0.0
     switch_s: float = 0.0

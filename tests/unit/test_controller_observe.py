@@ -49,7 +49,8 @@ def buckets(*arrivals: float, **more: float) -> list[dict[str, float]]:
 
 
 def test_rates_and_shares_of_the_window() -> None:
-    series = buckets(0, 0, 6, 6, hits=6, misses=4, stored=2, **{"k:0": 5, "k:10": 3, "k:25": 2})
+    ended = {"done": 9, "failed": 1, "latency_sum": 25.0, "slo_total": 8, "slo_missed": 2}
+    series = buckets(0, 0, 6, 6, hits=6, misses=4, stored=2, **ended, **{"k:0": 5, "k:10": 3, "k:25": 2})
     readings = Readings(now_s=1040.0, series=series, step_s=STEPS)
     s = snapshot_of(readings, rules(allocation="modm-quality"), SETTINGS, members=("a", "b"), n_large=1)
     assert s.arrivals_per_min == pytest.approx(60 * (12 - 2) / 20)  # from the first arrival on, stored answers apart
@@ -57,6 +58,7 @@ def test_rates_and_shares_of_the_window() -> None:
     assert s.k_histogram == {0: 1.0, 10: 3, 25: 2}  # 4 of the five k = 0 are misses
     assert s.refine_share == pytest.approx((1 * 1 + 3 * 0.8 + 2 * 0.5) / 6)
     assert (s.large_s, s.small_s, s.slo_s) == (5.0, 1.0, 10.0)
+    assert (s.latency_s, s.late_share) == (2.5, 0.25)
     assert s.forecast_per_min is None  # the paper's policies plan for the window that was
     assert (s.n_workers, s.n_large, s.period_s, s.pooled) == (2, 1, 20.0, False)
 
