@@ -41,6 +41,7 @@ def simulate_command(
     period_s: Annotated[float, Opt(help="Seconds between the controller's decisions.")] = 180.0,
     switch_s: Annotated[float, Opt(min=0, help="Seconds that a role move costs a worker.")] = 0.0,
     cache_capacity: Annotated[int, Opt(help="Images kept.")] = 10_000,
+    cache_eviction: Annotated[str, Opt(help="fifo | lru | utility.")] = "fifo",
     cache_admission: Annotated[str, Opt(help="all | large-only.")] = "all",
     slo_multiple: Annotated[float, Opt(help="SLO as a multiple of the large model's latency.")] = 2.0,
     admit: Annotated[bool, Opt("--admit", help="Refuse at arrival what would miss its SLO.")] = False,
@@ -61,7 +62,8 @@ def simulate_command(
         gpus=gpus, ladder=chosen, **seconds, policy=check_policy(policy),
         features=features_of(policy, features), workers=workers, allocation=allocation, variant=variant,  # type: ignore[arg-type]
         static_large=static_large, period_s=period_s, switch_s=switch_s, cache_capacity=cache_capacity,
-        cache_admission=cache_admission, slo_multiple=slo_multiple, admit=admit, degrade=degrade,  # type: ignore[arg-type]
+        cache_eviction=cache_eviction, cache_admission=cache_admission,  # type: ignore[arg-type]
+        slo_multiple=slo_multiple, admit=admit, degrade=degrade,
         wait_bound_s=wait_bound_s, wait_depth=wait_depth, seed=seed,
     )  # fmt: skip
     run.check(config)

@@ -46,6 +46,11 @@ _KEYS: dict[str, Callable[[Held], tuple[float, int, str]]] = {
 }
 
 
+def order(held: Held, policy: Policy) -> tuple[float, int, str]:
+    """What an image is sorted by: the least leaves first."""
+    return _KEYS[policy](held)
+
+
 def choose(snapshot: Sequence[Held], capacity: int, policy: Policy = "fifo") -> list[str]:
     """Ids that must leave for ``capacity`` images to stay, the least wanted first. Empty when there is room."""
     excess = len(snapshot) - capacity

@@ -7,6 +7,7 @@ from typing import Literal
 
 from orchestrator.decisions.allocation.paper import Variant
 from orchestrator.decisions.ladder import Ladder
+from vector_store.eviction import Policy
 
 #: pooled: both models resident everywhere, first come first served over both queues. roles: the paper's, moved by the
 #: allocation policy. pooled-roles: roles that differ by the order of the queues only.
@@ -48,6 +49,7 @@ class SimConfig:
     small_spread: tuple[float, ...] = ()
     turnaround_s: float = 0.0
     cache_capacity: int = 10_000
+    cache_eviction: Policy = "fifo"
     cache_admission: Literal["all", "large-only"] = "all"
     period_s: float = 180.0
     window_s: float = 180.0

@@ -17,6 +17,7 @@ from modm_tasks.messages import Decision, Route
 from modm_tasks.queues import LARGE_GEN, SMALL_REFINE
 from orchestrator.decisions import routing
 from orchestrator.decisions.allocation import overload
+from orchestrator.simulator.cache import Cache
 from orchestrator.simulator.config import SimConfig
 from orchestrator.simulator.control import Controller
 from orchestrator.simulator.fleet import Fleet
@@ -42,8 +43,7 @@ class Simulation:
         n, warm = max(source.n, source.warm + len(self.arrivals)), source.warm
         self.now = 0.0
         self.state = [DONE] * warm + [NEW] * (n - warm)
-        self.cached = bytearray(n)
-        self.window_fifo: deque[int] = deque()
+        self.cache = Cache(n, config.cache_capacity, config.cache_eviction)
         self.depth = [0] * n
         self.chain = [0] * n
         self.waiters: dict[int, list[int]] = {}
@@ -69,7 +69,7 @@ class Simulation:
         self._times = np.random.default_rng(config.seed + 2)
         self._hits = self._escalated = 0
         for row in range(warm):
-            self._admit_image(row)
+            self.cache.add(row, self.now)
 
     def _first_large(self) -> int:
         """As the controller begins: all large, as the reference's quality scripts, else all but one (A7)."""
@@ -234,7 +234,7 @@ class Simulation:
         self.depth[row] = 0 if generated else decision.source_depth + 1
         enters = generated or self.config.cache_admission == "all"
         if enters:
-            self._admit_image(row)
+            self.cache.add(row, self.now)
         for waiter in self.waiters.pop(row, ()):
             if self.state[waiter] == WAITING:
                 self._after_wait(waiter)
@@ -317,15 +317,6 @@ class Simulation:
         escalates = verification.may_escalate(score, 0.5, load, rate=self.config.escalation_rate)
         self._escalated += escalates
         return escalates
-
-    # --- cache --------------------------------------------------------------------------------------------------
-
-    def _admit_image(self, row: int) -> None:
-        """FIFO window (``vector_store.eviction.fifo`` on an ordered deque: the choice is the front)."""
-        self.cached[row] = 1
-        self.window_fifo.append(row)
-        if len(self.window_fifo) > self.config.cache_capacity:
-            self.cached[self.window_fifo.popleft()] = 0
 
     def apply_level(self, level: overload.Level, small_s: float) -> None:
         """What the controller's degradation means for requests routed from now on."""

@@ -19,7 +19,7 @@ _HIT_SHARE = 0.6
 
 
 class SimulatedRouter:
-    """Reads the state of its simulation, changes none of it but the windows."""
+    """Reads the state of its simulation, changes none of it but the windows and when an image was last used."""
 
     def __init__(self, simulation: Simulation) -> None:
         self.sim = simulation
@@ -77,6 +77,8 @@ class SimulatedRouter:
             )
         )
         if decision.waits_on is None:
+            if decision.source_id is not None:
+                sim.cache.used(int(decision.source_id), sim.now, decision.skipped_steps)
             sim.windows.count(sim.now, "misses" if decision.route is Route.LARGE_GEN else f"k:{decision.skipped_steps}")
         return decision
 
@@ -84,7 +86,9 @@ class SimulatedRouter:
         sim = self.sim
         bounded = "drift" in sim.config.features
         for j, similarity in sim.source.images(row):
-            if (sim.cached[j] or sim.source.always_cached) and not (bounded and sim.depth[j] > sim.config.max_depth):
+            if (sim.cache.here[j] or sim.source.always_cached) and not (
+                bounded and sim.depth[j] > sim.config.max_depth
+            ):
                 same = "repeats" in sim.config.features and sim.source.same_text(row, j)
                 return routing.Found(id=str(j), uri="", similarity=similarity, depth=sim.depth[j], same_prompt=same)
         return None

@@ -155,6 +155,10 @@ def check(config: SimConfig) -> None:
         raise InvalidInputError(
             f"workers must be pooled, roles or pooled-roles, not {config.workers!r}", field="workers"
         )
+    if config.cache_eviction not in {"fifo", "lru", "utility"}:
+        raise InvalidInputError(
+            f"cache-eviction must be fifo, lru or utility, not {config.cache_eviction!r}", field="cache_eviction"
+        )
     if config.variant not in {"paper", "code"}:
         raise InvalidInputError(f"variant must be paper or code, not {config.variant!r}", field="variant")
     for name in ("gpus", "cache_capacity", "period_s", "wait_depth"):

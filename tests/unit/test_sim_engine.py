@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 from modm_tasks.errors import InvalidInputError
 from orchestrator.decisions.ladder import parse
 from orchestrator.decisions.routing import FEATURES
+from orchestrator.simulator.cache import Cache
 from orchestrator.simulator.config import SimConfig
 from orchestrator.simulator.engine import Simulation
 from orchestrator.simulator.outcome import Outcome
 from orchestrator.simulator.run import Load, check, simulate, statistical
 from orchestrator.simulator.similarity import StatisticalSimilarities, VectorSimilarities
-from vector_store.eviction import Held, fifo
+from vector_store.eviction import Held, Policy, choose, fifo
 
 LADDER = parse(".95:30,.85:15")
 A, B = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)
@@ -133,7 +135,33 @@ def test_the_cache_keeps_what_the_eviction_of_production_keeps() -> None:
     simulation = Simulation(config, source, [float(i) for i in range(7)])
     simulation.run()
     gone = fifo([Held(id=str(i), seq=i) for i in range(12)], 4)
-    assert [str(i) for i in range(12) if not simulation.cached[i]] == gone
+    assert [str(i) for i in range(12) if not simulation.cache.here[i]] == gone
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    st.sampled_from(["fifo", "lru", "utility"]),
+    st.lists(st.integers(0, 30), min_size=1, max_size=60),
+    st.integers(1, 8),
+)
+def test_whatever_is_used_the_cache_keeps_what_production_would_keep(
+    policy: Policy, script: list[int], capacity: int
+) -> None:
+    # Each number either uses that image, where it is held, or else brings a new one in.
+    cache, held, rows = Cache(100, capacity, policy), list[Held](), 0
+    for now, number in enumerate(script):
+        found = next((h for h in held if h.id == str(number)), None)
+        if found is not None:
+            cache.used(number, float(now), 5 + number)
+            used = replace(found, last_used_s=float(now), utility=found.utility + 5 + number)
+            held = [used if h is found else h for h in held]
+            continue
+        cache.add(rows, float(now))
+        rows += 1
+        held.append(Held(id=str(rows - 1), seq=rows, created_s=float(now)))
+        gone = choose(held, capacity, policy)
+        held = [h for h in held if h.id not in gone]
+        assert [str(i) for i in range(100) if cache.here[i]] == sorted((h.id for h in held), key=int)
 
 
 def test_large_only_admission_keeps_refined_images_out() -> None:

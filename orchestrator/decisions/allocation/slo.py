@@ -184,13 +184,15 @@ def unserved(s: ClusterSnapshot, n: Floats) -> Floats:
 
 
 def most_large(s: ClusterSnapshot) -> int:
-    """N; pooled, so many that the small workers have ROOM standard deviations of the hits' work to spare.
+    """N; pooled, so many that the small workers, one at least, have ROOM standard deviations of the hits' work to spare.
 
     Spare small workers draw misses, but a large one takes no hit while a miss waits: where all are large, hits starve as
     soon as the misses fill them.
     """
+    if not s.pooled:
+        return s.n_workers
     hits = loads(s)[1].workers
-    return math.floor(s.n_workers - hits - ROOM * math.sqrt(hits)) if s.pooled else s.n_workers
+    return min(s.n_workers - 1, math.floor(s.n_workers - hits - ROOM * math.sqrt(hits)))
 
 
 def score(s: ClusterSnapshot) -> tuple[Floats, Floats, Floats]:
