@@ -13,6 +13,7 @@ from modm_tasks.settings import Settings
 from orchestrator.controller.prices import profiled
 from orchestrator.device_profiles import load_profile
 from tests.support.processes import run_modm
+from workers.device import profiled_step_s
 from workers.profile import combine, measure
 
 
@@ -43,9 +44,25 @@ def test_profile_is_measured_saved_and_used(environ: dict[str, str], settings: C
     assert found.image_s("scenes-large") == pytest.approx(0.05, rel=0.5)
     assert found.image_s("scenes-small") == pytest.approx(0.02, rel=0.8)
     assert profiled(made) == found.step_s()
+    # A worker tells it as its own prices, but not those of another device.
+    assert profiled_step_s(made, found.device) == pytest.approx(found.step_s())
+    assert profiled_step_s(made, "NVIDIA A40") == {}
     call = ("simulate", "--profile", "local", "--hit-rate", "0.5", "--num-requests", "20", "--rate-per-min", "60")
     simulated = run_modm(*call, "--large", "scenes-large", "--small", "scenes-small", env=environ)
     assert "done=20" in simulated.stdout, simulated.stderr
+
+
+def test_a_worker_starts_without_a_profile_that_cannot_be_read(
+    settings: Callable[..., Settings], caplog: pytest.LogCaptureFixture
+) -> None:
+    made = settings()
+    assert profiled_step_s(made, "d") == {}
+    made.home.mkdir(parents=True)
+    for text in ("no toml", 'device = "d"', 'device = "d"\ntotal_steps = 0\n[models.m]\nimage_s = 1.0'):
+        caplog.clear()
+        (made.home / "profile.toml").write_text(text)
+        assert profiled_step_s(made, "d") == {}
+        assert "left out" in caplog.text
 
 
 def test_a_profile_that_is_not_there_is_named(settings: Callable[..., Settings], tmp_path: Path) -> None:
