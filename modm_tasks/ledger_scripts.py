@@ -143,8 +143,12 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. 'running', '-inf', now, 'LI
       count('retries')
       -- From the second death on it goes to the end of the line: a request that kills workers must not do so in a row,
       -- and one that was near a killer by chance gets another neighbour.
-      if tries >= 2 then redis.call('HSET', key(id), 'rank', fmt(now)) end
+      -- Ranks by deadline lie in the future: the end is behind the last of them, not now.
       local queue = redis.call('HGET', key(id), 'queue')
+      if tries >= 2 then
+        local last = redis.call('ZREVRANGE', P .. 'ready:' .. queue, 0, 0, 'WITHSCORES')[2]
+        redis.call('HSET', key(id), 'rank', fmt(math.max(now, tonumber(last or '0') + 0.001)))
+      end
       enqueue(id, queue, 'lease of ' .. worker .. ' expired')
       out[#out + 1] = {id, 'queued', queue}
     end

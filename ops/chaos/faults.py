@@ -61,6 +61,7 @@ class Faults:
             "fill-disk": self._fill_disk,
             "cut-hosts": self._cut_hosts,
             "poison": lambda: self._poison(poison),
+            "poison-again": lambda: self._poison_again(1 + poison // 6),
             "kill-orchestrator": self._kill_orchestrator,
         }
         try:
@@ -85,7 +86,7 @@ class Faults:
             return self.rig.leader() not in (None, self._led_by)
         if fault == "cut-hosts":
             return self.rig.said_since(self._joined_s)
-        return self._poison_over() if fault == "poison" else True
+        return self._poison_over() if fault in ("poison", "poison-again") else True
 
     def _a_worker(self) -> str:
         return f"worker{self.rng.randrange(self.rig.worker_count)}"
@@ -132,7 +133,6 @@ class Faults:
 
     def _poison(self, count: int) -> None:
         """Recovered when each has failed: they count as ended requests, and the load waits for their workers."""
-        self.escalate(ALL_AGAIN)
         for number in range(count):
             # Unlike one another, or each would wait for the one before.
             prompt = self.load.prompts[-1 - 41 * self._poisoned % len(self.load.prompts)]
@@ -140,9 +140,12 @@ class Faults:
             self.load.send({"prompt": f"{CRASH} {prompt}"}, self.load.tally.poison)
             if number == 0:
                 self._follow(prompt)
-        for number in range(1 + count // 5):
-            # Drawn before, so a hit, whose image is below the floor of the moment; the number keeps them apart.
-            prompt = self.load.prompts[(self._poisoned + number) % len(self.load.prompts)]
+
+    def _poison_again(self, count: int) -> None:
+        """Recovered when each is answered with its first image: drawn before, so hits, below the floor of the moment."""
+        self.escalate(ALL_AGAIN)
+        for _ in range(count):
+            prompt = self.load.prompts[len(self.load.tally.poison_again) % len(self.load.prompts)]
             wanted = {"prompt": f"{AGAIN} {prompt}", "deadline_s": PATIENT_S}
             self.load.send(wanted, self.load.tally.poison_again)
 

@@ -59,7 +59,7 @@ def page(outcome: Outcome, command: str, *, lease_s: float, limits: Limits) -> s
             "Recovered: the orchestrator takes work, every process runs, every worker is ready (the start of its GPU child "
             "is included: imports and models), and a request has ended since. Counted from the moment that the fault is "
             "over: the process dead, the disk emptied, the hosts joined. *Prompts that kill*: until each has failed, three "
-            "deaths later, or is answered with the image of its first drawing.",
+            "deaths later; *whose refined image scores too low*: until that is the answer, three deaths later.",
             "",
             *(f"Not injected, as this machine does not allow it: {line}." for line in outcome.left_out),
             *([""] if outcome.left_out else []),
@@ -79,7 +79,7 @@ def page(outcome: Outcome, command: str, *, lease_s: float, limits: Limits) -> s
             "",
             f"For that, chains of waiting and generations of refining are bounded by {limits.wait_depth} and "
             f"{limits.max_depth} here, the floor of verification is set so that many refined images are below it (all of "
-            "them while prompts are out that kill from the second drawing on), and its budget is a fifth of the hits. *Too "
+            "them while prompts are out that kill when drawn again), and its budget is a fifth of the hits. *Too "
             "deep* are requests beyond one of the two bounds.",
             "",
             *_memory(outcome.grown),

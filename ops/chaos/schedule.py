@@ -26,7 +26,8 @@ FAULTS = {
     "fill-disk": "the image disk full to the last byte, then emptied",
     "cut-hosts": "two hosts cut from each other, then joined",
     "cancel-source": "a request cancelled that another one waits on",
-    "poison": "prompts that kill the process that draws them, at each attempt or from the second drawing on",
+    "poison": "prompts that kill the process that draws them, at each attempt",
+    "poison-again": "prompts whose refined image scores too low, and that kill the process that draws them again",
 }
 
 

@@ -184,7 +184,7 @@ def fluid_bound_per_min(base: SimConfig, source: Similarities) -> float:
     """GPUs over the mean service time if every request took the best rung that any earlier request offers (issue's form)."""
     total = 0.0
     for row in range(source.warm, source.n):
-        best = max((s for j, s in source.texts(row) if j < row), default=0.0)
+        best = max((s for j, s in source.images(row) if j < row), default=0.0)
         rung = base.ladder.lookup(best)
         total += base.large_s if rung is None else base.small_s * (1 - rung.skipped_steps / base.total_steps)
     return base.gpus * 60 * (source.n - source.warm) / total

@@ -158,6 +158,20 @@ def test_poison_fails_after_three_deaths_and_can_be_retried(ledger: Ledger) -> N
         ledger.retry(request_id)
 
 
+def test_what_killed_two_workers_goes_behind_all_others_also_where_ranks_are_deadlines(ledger: Ledger) -> None:
+    """Found by `make chaos`: behind `now` was before everybody, so it killed a third one at once."""
+    killer, other = queued(ledger), queued(ledger)
+    far = ledger.now_s() + 600
+    ledger.set_rank(killer, far)
+    ledger.set_rank(other, far + 1)
+    for nth, order in ((1, [killer, other]), (2, [other, killer])):
+        claimed = ledger.claim("large-gen", "w", lease_s=0.01)
+        assert claimed is not None
+        assert (claimed.id, claimed.attempt) == (killer, nth)
+        wait_until(ledger.expire, 5, "the lease to expire")
+        assert [i for i, _ in ledger.ready("large-gen")] == order
+
+
 def test_a_retried_request_forgets_its_source(ledger: Ledger) -> None:
     request_id, other = queued(ledger, decision=hit("src")), queued(ledger, decision=hit("src"))
     ledger.claim("small-refine", "w", lease_s=5)
