@@ -199,7 +199,7 @@ class Router:
         )
 
     def _search(self, record: RequestRecord, vector: Vector, features: frozenset[str]) -> Match | None:
-        def nearest(limit: int) -> list[Match]:
+        def search(limit: int) -> list[Match]:
             return self.cache.search(
                 vector,
                 namespace=record.request.namespace,
@@ -210,6 +210,13 @@ class Router:
                 limit=limit,
             )
 
+        def nearest(limit: int) -> list[Match]:
+            found = search(limit)
+            if record.request.size is None and any(routing.sized(m.entry.parameters) for m in found):
+                # The refined image has its source's size, and the large model's own was asked for.
+                found = [m for m in search(MANY) if not routing.sized(m.entry.parameters)][:limit]
+            return found
+
         if "repeats" not in features:
             return next(iter(nearest(1)), None)
         matches = nearest(FEW)
@@ -217,9 +224,8 @@ class Router:
             return None
         same = [m for m in matches if m.entry.prompt == record.request.prompt]
         if record.request.seed is not None and len(same) == FEW:
-            same = [
-                m for m in nearest(MANY) if m.entry.prompt == record.request.prompt
-            ]  # the seed may be behind others
+            # The seed may be behind others.
+            same = [m for m in nearest(MANY) if m.entry.prompt == record.request.prompt]
         exact = [m for m in same if _is_repeat(record.request, m.entry)]
         if exact:
             return exact[0]

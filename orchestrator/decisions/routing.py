@@ -94,6 +94,11 @@ def parameters(request: SubmitRequest) -> str:
     return json.dumps(asked) if asked else ""
 
 
+def sized(text: str) -> bool:
+    """Whether ``parameters`` names a size of its own."""
+    return bool(text) and "size" in json.loads(text)
+
+
 def route(given: RouteInput) -> Decision:
     """Decide. A reason in words comes with it."""
     request = given.request

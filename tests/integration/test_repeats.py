@@ -63,9 +63,20 @@ def test_another_seed_is_another_image_with_all_the_steps_that_its_rung_skips(ma
 def test_what_was_drawn_with_other_parameters_is_no_repeat(make_rig: MakeRig, parameters: dict[str, Any]) -> None:
     rig = make_rig()
     own = drawn(rig, seed=7, **parameters)
-    assert decision(rig, seed=7).route is Route.SMALL_REFINE
+    assert decision(rig, seed=7).route is not Route.STORED
     assert decision(rig, seed=7, **parameters).source_id == own
     assert decision(rig, seed=7, **parameters).route is Route.STORED
+
+
+def test_an_image_of_a_size_that_was_asked_for_is_no_source_of_the_own_size(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    drawn(rig, size="128x64")
+    own = rig.submit(FIRST)
+    assert rig.draw(LARGE) == own
+    for _ in range(FEW):
+        drawn(rig, size="128x64")
+    assert decision(rig).source_id == own
+    assert decision(rig, size="128x64").source_id != own
 
 
 def test_the_seed_is_found_behind_many_variations(make_rig: MakeRig) -> None:
