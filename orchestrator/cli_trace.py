@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from modm_tasks.errors import InvalidInputError
 from modm_tasks.output import handle_errors, note, print_json
+
+if TYPE_CHECKING:
+    from orchestrator.traces.rows import LoadedTrace, TraceStream
 
 trace_app = typer.Typer(no_args_is_help=True, help="Workloads.", rich_markup_mode=None)
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A trace in any format that submit-trace reads.")]
@@ -36,24 +40,32 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Counts, rate over time, repetition, and how similar prompts are to earlier ones."""
-    from orchestrator.traces.inspect import describe, rate_plot
-    from orchestrator.traces.load import load_trace
+    from orchestrator.traces.inspect import Summary, rate_plot, similarity_figures
+    from orchestrator.traces.load import load_trace, stream_trace
+    from orchestrator.traces.rows import LoadedTrace
     from orchestrator.traces.vectors import text_vectors
 
-    loaded = load_trace(
+    # Similarity needs every prompt at once; all else is read row by row.
+    whole = embeddings is not None or embedder is not None
+    load: Callable[..., LoadedTrace | TraceStream] = load_trace if whole else stream_trace
+    trace = load(
         file, format=format, start=start, num_requests=num_requests, slice_name=slice_name, prompts=prompts,
         skip_bad_rows=skip_bad_rows,
     )  # fmt: skip
-    if embeddings is not None and (loaded.skipped or slice_name):
-        raise InvalidInputError(
-            "vectors are row for row: they fit neither a slice nor left-out rows", field="embeddings"
-        )
-    vectors = text_vectors([r.prompt for r in loaded.rows], embeddings=embeddings, embedder=embedder, start=start)
-    figures = describe(loaded, vectors)
+    summary = Summary(trace)
+    figures = summary.figures()
+    if isinstance(trace, LoadedTrace):
+        if embeddings is not None and (trace.skipped or slice_name):
+            raise InvalidInputError(
+                "vectors are row for row: they fit neither a slice nor left-out rows", field="embeddings"
+            )
+        vectors = text_vectors([r.prompt for r in trace.rows], embeddings=embeddings, embedder=embedder, start=start)
+        if vectors is not None:
+            figures |= similarity_figures(vectors)
     if plot is not None:
         if not plot.absolute().parent.is_dir():
             raise InvalidInputError(f"no folder {plot.parent}", field="plot")
-        plot.write_bytes(rate_plot(loaded))
+        plot.write_bytes(rate_plot(summary.times))
         note(f"plot: {plot}")
     if json:
         print_json(figures)

@@ -24,12 +24,15 @@ class ClipEmbedder:
     and the same network with plain GELU gives other cosines without any error, so the checkpoint's own flag decides.
     """
 
-    def __init__(self, name: str, identity: str, device: str = "cpu") -> None:
+    def __init__(
+        self, name: str, identity: str, device: str = "cpu", *, loaded: tuple[Any, Any, Any] | None = None
+    ) -> None:
+        """``loaded`` is (model, preprocess, tokenizer) in the place of what ``name`` would load."""
         import torch
 
         self.identity = identity
         self._torch, self._device = torch, torch.device(device)
-        model, self._preprocess, self._tokenizer = _load(name)
+        model, self._preprocess, self._tokenizer = loaded or _load(name)
         self._model = model.to(self._device).eval()
         self.dim = int(self.embed_texts(["a"]).shape[1])
 

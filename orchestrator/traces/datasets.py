@@ -19,6 +19,8 @@ from orchestrator.traces.slices import by_category
 Items = Iterator[TraceRow | TraceError]
 BATCH_ROWS = 65_536
 GATHER_ROWS = 250_000
+#: Stands for no time, and sorts last.
+NO_TIME = 2**63 - 1
 
 
 def diffusiondb(path: Path, *, start: int = 0, stop: int | None = None) -> Items:
@@ -49,7 +51,7 @@ def _diffusiondb(path: Path, start: int, stop: int | None) -> Items:
     if not pa.types.is_timestamp(file.schema_arrow.field("timestamp").type):
         raise TraceError("must be a timestamp column", file=path.name, field="timestamp")
     stamps = [
-        np.where(batch.column(0).is_null(), np.iinfo(np.int64).max, batch.column(0).cast(pa.int64()).fill_null(0))
+        np.where(batch.column(0).is_null(), NO_TIME, batch.column(0).cast(pa.int64()).fill_null(0))
         for batch in file.iter_batches(BATCH_ROWS, columns=["timestamp"])
     ]
     times = np.concatenate(stamps) if stamps else np.zeros(0, dtype=np.int64)
@@ -62,7 +64,7 @@ def _diffusiondb(path: Path, start: int, stop: int | None) -> Items:
         part = order[low : low + GATHER_ROWS]
         found: dict[int, TraceRow | TraceError] = {}
         for at, row in _rows_at(file, columns, part):
-            arrival = None if times[at] == np.iinfo(np.int64).max else max(0.0, float(times[at]) / unit - first_s)
+            arrival = None if times[at] == NO_TIME else max(0.0, float(times[at]) / unit - first_s)
             found[at] = _diffusiondb_row(path.name, at + 1, row, arrival)
         for at in part.tolist():
             yield found.pop(at)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from modm_tasks.errors import InvalidInputError, ModmError, TraceError
 from orchestrator.traces.arrivals import arrival_times, jitter
-from orchestrator.traces.inspect import best_earlier, describe, rate_plot, write_jsonl
+from orchestrator.traces.inspect import Summary, best_earlier, rate_plot, similarity_figures, write_jsonl
 from orchestrator.traces.load import FORMATS, detect_format, load_trace
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -216,8 +216,8 @@ def test_best_earlier_agrees_with_the_whole_product() -> None:
 @real
 def test_the_real_workloads() -> None:
     """The figures of ../shared/data/README.md, on the 3,000 prompts that are there (it gives those of 5,000)."""
-    loaded = load_trace(SHARED / "diffusiondb_prompts.txt")
-    figures = describe(loaded, np.load(SHARED / "diffusiondb_minilm.npy").astype(np.float32))
+    figures = Summary(load_trace(SHARED / "diffusiondb_prompts.txt")).figures()
+    figures |= similarity_figures(np.load(SHARED / "diffusiondb_minilm.npy").astype(np.float32))
     assert figures["requests"] == 3000
     assert figures["exact repeats"] == pytest.approx(0.13, abs=0.02)
     assert figures["best earlier cosine >= 0.95"] == pytest.approx(0.32, abs=0.03)
@@ -226,4 +226,4 @@ def test_the_real_workloads() -> None:
     gentd = load_trace(SHARED / "alibaba_gentd26_requests.csv", prompts=SHARED / "diffusiondb_prompts.txt")
     assert len(gentd.rows) > 16_000
     assert detect_format(SHARED / "alibaba_gentd26_requests.csv") == "gentd26"
-    assert rate_plot(gentd).startswith(PNG)
+    assert rate_plot(Summary(gentd).times).startswith(PNG)
