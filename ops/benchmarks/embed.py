@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _threads() -> int:
     import torch
 
-    return torch.get_num_threads()
+    return int(torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -132,12 +132,13 @@ def _progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
             yield lambda done: bar.update(task, completed=done)
         return
     shown = [-1]
+    unit, name_of_unit = (2**20, "MiB") if total >= 2**20 else (2**10, "KiB")
 
     def line(done: int) -> None:
         percent = 100 * done // total if total else 0
         if percent // 10 > shown[0]:
             shown[0] = percent // 10
-            note(f"{done // 2**20} of {total // 2**20} MiB ({percent} %)")
+            note(f"{-(-done // unit)} of {-(-total // unit)} {name_of_unit} ({percent} %)")
 
     yield line
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
 import re
 import shlex
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +23,8 @@ from orchestrator.report.build import build_report
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
+#: The page's own server; the test's listens on another port.
+MIRROR = "http://127.0.0.1:8080"
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -31,6 +38,23 @@ def run(command: str) -> tuple[int, str, str]:
     app.add_typer(report_app, name="report")
     result = CliRunner().invoke(app, shlex.split(command.removeprefix("$ modm ")), env={"NO_COLOR": "1"})
     return result.exit_code, result.stdout, result.stderr
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """The test's own output is what counts."""
+
+
+@contextmanager
+def mirror(folder: Path) -> Iterator[str]:
+    """URL of a server of this folder's files."""
+    handler = functools.partial(QuietHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
 
 
 def finished(index: int, k: int) -> RequestRecord:
@@ -60,28 +84,35 @@ def write_runs() -> None:
         Path(name, "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
+def shown_is_printed(
+    kind: str, info: str, body: str, *, url: str, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> bool:
+    """Write a block's file, or run its command; whether a command ran.
+
+    What a failure, or a command that reports on stderr, prints there is shown too: ``exit=2``, ``all``.
+    """
+    if info.startswith("file="):
+        Path(info.removeprefix("file=")).write_text(body, encoding="utf-8")
+    if kind != "console" or (info == "real" and not SHARED.is_dir()):
+        return False
+    if info == "real":
+        monkeypatch.chdir(ROOT)
+    command, shown = body.split("\n", 1)
+    code, out, err = run(command.replace(MIRROR, url))
+    monkeypatch.chdir(folder)
+    assert code == (2 if info == "exit=2" else 0), err
+    printed = err if code else (err + out if info == "all" else out)
+    assert [line.rstrip() for line in shown.splitlines()] == [line.rstrip() for line in printed.splitlines()], command
+    return True
+
+
 @pytest.mark.parametrize("page", ["traces.md", "reports.md"])
 def test_the_page_shows_what_the_commands_print(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    ran = 0
     if page == "reports.md":
         write_runs()
-    for kind, info, body in blocks(page):
-        if info.startswith("file="):
-            Path(info.removeprefix("file=")).write_text(body, encoding="utf-8")
-        if kind != "console" or (info == "real" and not SHARED.is_dir()):
-            continue
-        if info == "real":
-            monkeypatch.chdir(ROOT)
-        command, shown = body.split("\n", 1)
-        code, out, err = run(command)
-        monkeypatch.chdir(tmp_path)
-        ran += 1
-        assert code == (2 if info == "exit=2" else 0), err
-        printed = err if code else out
-        assert [line.rstrip() for line in shown.splitlines()] == [line.rstrip() for line in printed.splitlines()], (
-            command
-        )
+    with mirror(tmp_path) as url:
+        ran = sum(shown_is_printed(*block, url=url, monkeypatch=monkeypatch, folder=tmp_path) for block in blocks(page))
     assert ran >= 2
     if page == "reports.md":
         assert Path("comparison/index.html").is_file()
