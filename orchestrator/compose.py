@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
-from fastapi import APIRouter, Depends, FastAPI, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, Response
 
 from modm_tasks.settings import Settings
 from orchestrator.api import build_app
@@ -13,6 +13,9 @@ from orchestrator.auth import Gate
 from orchestrator.build import build_service
 from orchestrator.metrics import Observer
 from orchestrator.service import Service
+
+if TYPE_CHECKING:
+    from vector_store.http import Guards
 
 
 def make_app(settings: Settings, gate: Gate) -> FastAPI:
@@ -29,22 +32,17 @@ def make_app(settings: Settings, gate: Gate) -> FastAPI:
 
 
 def folder_routers(service: Service, gate: Gate) -> list[APIRouter]:
-    """Routes that belong to other folders: cache administration, workers and controller. Only administrators write.
-
-    The cache's routes show prompts and images of all clients, so where clients do not share the cache they are an
-    administrator's altogether.
-    """
+    """Routes that belong to other folders: cache administration, workers and controller. Only administrators write."""
     from orchestrator.controller.http import build_router as controller_router
     from vector_store.http import build_router as cache_router
 
-    guard: list[Any] = [Depends(gate.by_method(read="read", write="admin"))]
-    shared = service.settings.cache.scope == "shared"
-    cache = APIRouter(dependencies=guard if shared else [Depends(gate.require("admin"))])
-    controller = APIRouter(dependencies=guard)
+    cache = APIRouter()
+    controller = APIRouter(dependencies=[Depends(gate.by_method(read="read", write="admin"))])
     cache.include_router(
         cache_router(
             lambda: service.parts.cache,
             lambda: service.parts.embedder,
+            guards=cache_guards(gate, shared=service.settings.cache.scope == "shared"),
             in_use=service.ledger.in_use,
             referenced=service.ledger.known,
             on_purge=service.forget_finished,
@@ -53,6 +51,18 @@ def folder_routers(service: Service, gate: Gate) -> list[APIRouter]:
     )
     controller.include_router(controller_router(lambda: service.ledger))
     return [cache, controller]
+
+
+def cache_guards(gate: Gate, *, shared: bool) -> Guards:
+    """Where clients share the cache a key with ``read`` looks at all of it. Where they do not, it finds its own images
+    only, and what tells of the others' (statistics, export, snapshot) is an administrator's."""
+    from vector_store.http import Guards
+
+    async def viewer(authorization: Annotated[str | None, Header()] = None) -> str | None:
+        caller = gate.check(authorization, "read")
+        return None if shared or caller.admin else caller.client
+
+    return Guards(viewer=viewer, whole=gate.require("read" if shared else "admin"), admin=gate.require("admin"))
 
 
 def metrics_router(service: Service, observer: Observer) -> APIRouter:

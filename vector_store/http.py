@@ -1,17 +1,18 @@
 """The cache over HTTP: what `modm cache ...` talks to. The orchestrator mounts this router at ``/v1/cache``.
 
 Long work comes in short calls: an import in batches of at most 32 files, a reindex in steps; exports and snapshots are
-streams. Who may call what is the orchestrator's business: it guards the whole router.
+streams. Who may call what is the orchestrator's business: it gives the guards (`Guards`).
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, File, Form, Query, Response, UploadFile
+from fastapi import APIRouter, Depends, File, Form, Query, Response, UploadFile
 from fastapi.responses import StreamingResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -92,10 +93,27 @@ class PurgeBody(Body):
     prompt: Prompt | None = None
 
 
+async def everybody() -> None:
+    """Lets in whoever calls, to see all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guards:
+    """Dependencies that raise for who may not call. ``viewer`` is asked where single images are found and shown; it
+    gives the only client whose images this caller may see, or None for all. ``whole`` stands before what shows the
+    cache at large, ``admin`` before what changes it.
+    """
+
+    viewer: Callable[..., Awaitable[str | None]] = everybody
+    whole: Callable[..., Awaitable[Any]] = everybody
+    admin: Callable[..., Awaitable[Any]] = everybody
+
+
 def build_router(
     get_cache: Callable[[], ImageCache],
     get_embedder: Callable[[], Embedder],
     *,
+    guards: Guards | None = None,
     in_use: Ids | None = None,
     referenced: Ids | None = None,
     on_purge: Callable[[Sequence[str]], None] | None = None,
@@ -106,18 +124,27 @@ def build_router(
     request ids the ledger still needs the image of (their files are not taken for left-overs); ``on_purge`` is told the
     ids that a purge removed, to forget their prompts elsewhere.
     """
+    guards = guards or Guards()
+    viewing, whole = APIRouter(), APIRouter(dependencies=[Depends(guards.whole)])
+    changing = APIRouter(dependencies=[Depends(guards.admin)])
+    _viewing(viewing, get_cache, get_embedder, guards.viewer)
+    _whole(whole, get_cache)
+    _filling(changing, get_cache, get_embedder)
+    _tending(changing, get_cache, in_use, referenced, on_purge)
     router = APIRouter(tags=["cache"])
-    _reading(router, get_cache, get_embedder)
-    _filling(router, get_cache, get_embedder)
-    _tending(router, get_cache, in_use, referenced, on_purge)
+    for part in (viewing, whole, changing):
+        router.include_router(part)
     return router
 
 
-def _reading(router: APIRouter, get_cache: Callable[[], ImageCache], get_embedder: Callable[[], Embedder]) -> None:
-    @router.get("/stats")
-    def stats(namespace: MaybeSpace = None) -> dict[str, Any]:
-        """Size, capacity, uses by steps skipped, age of hits, disk, depth."""
-        return admin.stats(get_cache(), namespace)
+def _viewing(
+    router: APIRouter,
+    get_cache: Callable[[], ImageCache],
+    get_embedder: Callable[[], Embedder],
+    viewer: Callable[..., Awaitable[str | None]],
+) -> None:
+    """Single images: another client's are not there for a caller who sees its own alone."""
+    only_client = Depends(viewer)
 
     @router.get("/entries")
     def entries(
@@ -125,8 +152,10 @@ def _reading(router: APIRouter, get_cache: Callable[[], ImageCache], get_embedde
         limit: Annotated[int, Query(ge=1, le=1000)] = 50,
         before_seq: Annotated[int | None, Query(ge=-(2**62), le=2**62)] = None,
         client: Annotated[str | None, Query(max_length=128)] = None,
+        only: str | None = only_client,
     ) -> dict[str, Any]:
         """The newest images; ``next`` is the ``before_seq`` of the next page."""
+        client = client if only is None else only
         found = admin.list_entries(get_cache(), namespace, limit=limit, before_seq=before_seq, client=client)
         return {
             "entries": [e.as_json() for e in found],
@@ -134,24 +163,23 @@ def _reading(router: APIRouter, get_cache: Callable[[], ImageCache], get_embedde
         }
 
     @router.get("/entries/{image_id}")
-    def entry(image_id: str, namespace: Space = "default") -> dict[str, Any]:
+    def entry(image_id: str, namespace: Space = "default", only: str | None = only_client) -> dict[str, Any]:
         """One image's record."""
-        return _entry(get_cache(), image_id, namespace).as_json()
+        return _entry(get_cache(), image_id, namespace, only).as_json()
 
     @router.get("/entries/{image_id}/image", response_class=Response, responses={200: {"content": {"image/png": {}}}})
-    def image(image_id: str, namespace: Space = "default") -> Response:
+    def image(image_id: str, namespace: Space = "default", only: str | None = only_client) -> Response:
         """The image itself."""
         cache = get_cache()
-        found = _entry(cache, image_id, namespace)
+        found = _entry(cache, image_id, namespace, only)
         return Response(cache.images.read_bytes(found.uri), media_type="image/png")
 
     @router.post("/search")
-    def search(body: SearchBody) -> dict[str, Any]:
+    def search(body: SearchBody, only: str | None = only_client) -> dict[str, Any]:
         """The images nearest to a text."""
         vector = get_embedder().embed_texts([body.text])[0]
-        found = get_cache().search(
-            vector, namespace=body.namespace, limit=body.limit, size=body.size, client=body.client
-        )
+        client = body.client if only is None else only
+        found = get_cache().search(vector, namespace=body.namespace, limit=body.limit, size=body.size, client=client)
         return {"matches": [m.entry.as_json() for m in found]}
 
     @router.post("/search/image")
@@ -159,6 +187,7 @@ def _reading(router: APIRouter, get_cache: Callable[[], ImageCache], get_embedde
         file: Annotated[UploadFile, File()],
         namespace: Annotated[Namespace, Form()] = "default",
         limit: Annotated[int, Form(ge=1, le=100)] = 10,
+        only: str | None = only_client,
     ) -> dict[str, Any]:
         """The images nearest to an image."""
         try:
@@ -166,7 +195,15 @@ def _reading(router: APIRouter, get_cache: Callable[[], ImageCache], get_embedde
         except SourceImageError as error:
             raise InvalidInputError(str(error), field="file") from error
         vector = get_embedder().embed_images([image])[0]
-        return {"matches": [m.entry.as_json() for m in get_cache().search(vector, namespace=namespace, limit=limit)]}
+        found = get_cache().search(vector, namespace=namespace, limit=limit, client=only)
+        return {"matches": [m.entry.as_json() for m in found]}
+
+
+def _whole(router: APIRouter, get_cache: Callable[[], ImageCache]) -> None:
+    @router.get("/stats")
+    def stats(namespace: MaybeSpace = None) -> dict[str, Any]:
+        """Size, capacity, uses by steps skipped, age of hits, disk, depth."""
+        return admin.stats(get_cache(), namespace)
 
     @router.get("/export", response_class=StreamingResponse, responses=TAR)
     def export(namespace: Space = "default") -> StreamingResponse:
@@ -273,9 +310,9 @@ def _tending(
         return {"purged": len(gone), "ids": gone}
 
 
-def _entry(cache: ImageCache, image_id: str, namespace: str) -> ImageEntry:
+def _entry(cache: ImageCache, image_id: str, namespace: str, only: str | None) -> ImageEntry:
     found = cache.get(_uuid(image_id), namespace)
-    if found is None:
+    if found is None or only not in {None, found.client}:
         raise NotFoundError(f"no image {image_id} in namespace {namespace}", field="image_id")
     return found
 

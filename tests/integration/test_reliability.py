@@ -297,12 +297,16 @@ def test_clients_that_do_not_share_see_nothing_of_each_other(guarded_stack: tupl
         assert bob.get(f"/v1/requests/{mine['id']}/image").status_code == 404
         assert {r["id"] for r in bob.get("/v1/requests", params={"client": "ann"}).json()} == {other["id"]}
         document = httpx.get(f"{stack.url}/openapi.json", trust_env=False).json()
+        own = ("/v1/cache/entries", "/v1/cache/search")
         for path, methods in document["paths"].items():
-            if path.startswith("/v1/cache"):
-                for method in methods:
-                    answer = bob.request(method.upper(), path.replace("{image_id}", mine["id"]), json={})
-                    assert answer.status_code == 401, (method, path)
-        assert {e["client"] for e in root.get("/v1/cache/entries").json()["entries"]} == {"ann", "bob"}
+            for method in methods if path.startswith("/v1/cache") else ():
+                answer = bob.request(method.upper(), path.replace("{image_id}", mine["id"]), json={"text": prompt})
+                assert (answer.status_code == 401) is not path.startswith(own), (method, path)
+        assert bob.get(f"/v1/cache/entries/{mine['id']}/image").status_code == 404
+        for caller, names in ((ann, {"ann"}), (bob, {"bob"}), (root, {"ann", "bob"})):
+            listed = caller.get("/v1/cache/entries").json()["entries"]
+            found = caller.post("/v1/cache/search", json={"text": prompt, "limit": 10}).json()["matches"]
+            assert {e["client"] for e in listed} == {e["client"] for e in found} == names
 
 
 @pytest.mark.slow
