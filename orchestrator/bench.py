@@ -168,3 +168,27 @@ def profile_stack(settings: Settings, it: Experiment, rows: Sequence[TraceRow]) 
         "device": f"{machine['cores']}-core {machine['cpu']}, {', '.join(machine['gpu']) or 'no GPU'}",
         "how": f"Measured on the running stack with {workers} workers; seconds.",
     }
+
+
+def save_vectors(settings: Settings, run: Run, warm: Path | None, path: Path) -> None:
+    """What the run's prompts and images, and the images before it, resemble, and the ladder: all that the simulator needs
+    to find sources by itself. Loads the embedder into this process."""
+    import numpy as np
+    from PIL import Image
+
+    from modm_tasks.image_store import ImageStore
+    from orchestrator.build import choose_ladder
+    from vector_store.embedder import load_embedder
+
+    embedder, store = load_embedder(settings.embedder, "cpu"), ImageStore(settings.image_root)
+    done = [r for r in run.result.records if r.completion is not None]
+    before = sorted(warm.glob("*.png")) if warm is not None else []
+    text = embedder.embed_texts([r.request.prompt for r in done])
+    np.savez_compressed(
+        path,
+        ids=np.array([r.id for r in done]),
+        text=text.astype(np.float16),
+        image=embedder.embed_images([store.read(r.completion.uri) for r in done if r.completion]).astype(np.float16),
+        warm=(embedder.embed_images([Image.open(p) for p in before]) if before else text[:0]).astype(np.float16),
+        ladder=np.array([(r.min_similarity, r.skipped_steps) for r in choose_ladder(settings).rungs]),
+    )

@@ -114,7 +114,7 @@ def validate(
     from modm_tasks.errors import GateError, InvalidInputError
     from modm_tasks.output import table
     from modm_tasks.settings import load_settings
-    from orchestrator.bench import Experiment, measure, profile_stack
+    from orchestrator.bench import Experiment, measure, profile_stack, save_vectors
     from orchestrator.device_profiles import as_toml, load_profile
     from orchestrator.simulator.files import write_comparison
     from orchestrator.simulator.validate import compare
@@ -135,7 +135,7 @@ def validate(
         if profile is None:
             profile = str(report / "profile.toml")
             Path(profile).write_text(as_toml(profile_stack(settings, it, rows[:ROWS])), encoding="utf-8")
-        measure(settings, it)
+        save_vectors(settings, measure(settings, it), cache_directory, run / "vectors.npz")
     assert run is not None
     assert profile is not None
     found, latencies = compare(run, load_profile(profile))

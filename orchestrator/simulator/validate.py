@@ -1,9 +1,10 @@
 """The simulator against a run of the real stack: same arrivals, same similarities, times of a profile of this machine.
 
-From the run's report folder come each request's arrival and the source and k that the real router found. All times are
+From the run's report folder come each request's arrival, and what its prompt and its image resemble: the vectors of
+`vectors.npz`, which `modm bench validate` writes there, else the source and k that the real router found. All times are
 those of the profile, which was measured with other requests. Whether a source is finished when it is looked for, queues,
-waits, moves of roles and the closed loop are the simulator's own. Where a source is not finished yet, the request is a miss
-here; the real router might have found a lesser source.
+waits, moves of roles and the closed loop are the simulator's own. Without vectors, a request whose source is not finished
+yet is a miss here, where the real router might have found a lesser source.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +24,7 @@ from orchestrator.decisions.ladder import Ladder, Rung
 from orchestrator.device_profiles import DeviceProfile
 from orchestrator.simulator.config import SimConfig
 from orchestrator.simulator.engine import Simulation
-from orchestrator.simulator.similarity import Pairs
+from orchestrator.simulator.similarity import Pairs, Similarities, VectorSimilarities
 
 MAX_THROUGHPUT_ERROR, MAX_LATENCY_ERROR = 0.10, 0.15
 #: Recorded decisions carry k, not the ladder: rung k stands at the made-up similarity k / SCALE.
@@ -46,6 +47,7 @@ class Row:
     source: int | None
     waited: int | None
     model: str
+    id: str = ""
 
 
 class RecordedSimilarities:
@@ -93,6 +95,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Row]]:
                 source=number.get(r["source_id"], 0) if r["source_id"] and int(r["skipped_steps"] or 0) else None,
                 waited=number.get(r["waits_on"]) if r["waits_on"] else None,
                 model=r.get("model") or "",
+                id=r["id"],
             )
             for r in done
         ]
@@ -103,6 +106,24 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Row]]:
     if len(rows) < 12:
         raise InvalidInputError(f"{folder} holds {len(rows)} finished requests; at least 12 are needed", field="run")
     return report, rows
+
+
+def vectors_of(folder: Path, rows: Sequence[Row]) -> tuple[VectorSimilarities, Ladder] | None:
+    """The run's similarities and its ladder from vectors.npz; None without that file. Raises InvalidInputError."""
+    path = folder / "vectors.npz"
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            place = {str(name): i for i, name in enumerate(found["ids"])}
+            order = [place[row.id] for row in rows]
+            rungs = [Rung(min_similarity=float(s), skipped_steps=int(k)) for s, k in found["ladder"]]
+            warm = found["warm"]
+            text, image = (np.concatenate([warm, found[name][order]]) for name in ("text", "image"))
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidInputError(f"{path} does not hold the run's vectors: {error}", field="run") from error
+    ladder = Ladder(rungs=tuple(rungs))
+    return VectorSimilarities(text, warm=len(warm), threshold=ladder.threshold, image=image), ladder
 
 
 def turnaround(rows: Sequence[Row], concurrency: int) -> float:
@@ -155,9 +176,10 @@ def compare(folder: Path, profile: DeviceProfile) -> tuple[dict[str, Any], dict[
     report, rows = read_run(folder)
     config, concurrency = config_of(report, rows, profile)
     first = rows[0].arrival_s
-    outcome = Simulation(
-        config, RecordedSimilarities(rows), [r.arrival_s - first for r in rows], concurrency=concurrency
-    ).run()
+    source: Similarities = RecordedSimilarities(rows)
+    if (known := vectors_of(folder, rows)) is not None:
+        source, config = known[0], replace(config, ladder=known[1])
+    outcome = Simulation(config, source, [r.arrival_s - first for r in rows], concurrency=concurrency).run()
     found = outcome.report()
     real = {"served_per_min": report["served_per_min"], "latency_p50_s": report["latency_s"]["p50"]}
     ours = {"served_per_min": found["served_per_min"], "latency_p50_s": found["latency_s"]["p50"]}

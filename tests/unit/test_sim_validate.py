@@ -89,6 +89,29 @@ def test_a_run_is_reproduced_and_the_gate_holds(tmp_path: Path) -> None:
     assert "simulator is off" in missed.stderr
 
 
+def test_with_the_runs_vectors_the_simulator_finds_sources_by_itself(tmp_path: Path) -> None:
+    run, profile = write_run(tmp_path / "run"), tmp_path / "here.toml"
+    profile.write_text(PROFILE)
+    _, rows = read_run(run)
+    # Every third prompt is like one image of the warm cache, the others like nothing: those rows are k = 30, whatever the
+    # real router found. The file's order is not that of the arrivals.
+    n = len(rows)
+    text = np.eye(n + 2)[2:]
+    text[::3] = 0.95 * np.eye(n + 2)[0] + np.sqrt(1 - 0.95**2) * text[::3]
+    order = np.random.default_rng(1).permutation(n)
+    np.savez(
+        run / "vectors.npz", ids=np.array([rows[i].id for i in order]), text=text[order], warm=np.eye(n + 2)[:2],
+        image=np.tile(np.eye(n + 2)[1], (n, 1)), ladder=np.array([(0.9, 30.0)]),
+    )  # fmt: skip
+    found, _ = compare(run, load_profile(str(profile)))
+    assert found["simulated"]["hit_rate"] == pytest.approx(1 / 3, abs=0.01)
+    np.savez(
+        run / "vectors.npz", ids=np.array(["other"]), text=text[:1], warm=text[:1], image=text[:1], ladder=[(0.9, 30)]
+    )
+    with pytest.raises(InvalidInputError, match="vectors"):
+        compare(run, load_profile(str(profile)))
+
+
 def _app() -> typer.Typer:
     app = typer.Typer()
     app.add_typer(bench_app)
