@@ -228,7 +228,7 @@ class Router:
             same = [m for m in nearest(MANY) if m.entry.prompt == record.request.prompt]
         exact = [m for m in same if _is_repeat(record.request, m.entry)]
         if exact:
-            return exact[0]
+            return min(exact, key=lambda m: m.entry.depth)
         # Spread repeats over the sources that are as good as the best, least used first, so that variations vary.
         best = matches[0]
         rung = self.ladder.lookup(best.similarity)
@@ -291,6 +291,5 @@ class Router:
 
 
 def _is_repeat(request: SubmitRequest, entry: ImageEntry) -> bool:
-    """Whether a request for the prompt of a cached image would be drawn as exactly that image."""
-    drawn = entry.depth == 0 and entry.parameters == routing.parameters(request)
-    return drawn and request.seed is not None and entry.seed == request.seed
+    """Whether a request for the prompt of a cached image is the one that it was the answer to, drawn or refined."""
+    return request.seed is not None and entry.seed == request.seed and entry.parameters == routing.parameters(request)

@@ -13,7 +13,7 @@ import pytest
 from modm_tasks.messages import Decision, Route, State
 from orchestrator.router import FEW
 from tests.conftest import SettingsFactory
-from tests.support.rig import FIRST, LARGE, SECOND, MakeRig, Rig, rigs
+from tests.support.rig import FIRST, LARGE, SECOND, SMALL, MakeRig, Rig, rigs
 
 REPEATS = "repeats"
 
@@ -48,6 +48,17 @@ def test_a_seed_that_was_drawn_is_answered_at_once_with_the_stored_image(make_ri
     assert repeat.decision is not None
     assert (repeat.decision.route, repeat.decision.source_id) == (Route.STORED, first)
     assert rig.service.image_uri(repeat.id) == rig.service.image_uri(first)
+
+
+def test_a_seed_that_was_answered_by_refining_has_the_same_answer_again(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    drawn(rig, SECOND)
+    refined = rig.submit(FIRST, seed=7)
+    assert rig.draw(SMALL) == refined
+    assert rig.get(refined).completion.depth == 1  # type: ignore[union-attr]
+    assert (decision(rig, seed=7).route, decision(rig, seed=7).source_id) == (Route.STORED, refined)
+    drawn(rig, seed=7)
+    assert decision(rig, seed=7).source_depth == 0
 
 
 def test_another_seed_is_another_image_with_all_the_steps_that_its_rung_skips(make_rig: MakeRig) -> None:
