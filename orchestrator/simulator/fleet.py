@@ -71,9 +71,11 @@ class Fleet:
         self.n_large = n_large
         self.busy = [False] * gpus
         self.n_busy = 0
-        self._idle: dict[Role, dict[int, None]] = {"large": {}, "small": {}}
-        for worker in range(gpus - 1, -1, -1):
-            self._idle[self.roles[worker]][worker] = None
+        #: By role: idle workers, the longest idle first, with the number of the moment since which they are.
+        self._idle: dict[Role, dict[int, int]] = {"large": {}, "small": {}}
+        self._moment = 0
+        for worker in range(gpus):
+            self._rest(worker)
         queue_mode: Mode = "roles" if mode == "roles" else "pooled"
         self._order: dict[Role, tuple[str, ...]] = {
             "large": ROLE_QUEUES[queue_mode, "large"],
@@ -85,16 +87,24 @@ class Fleet:
         return bool(self._idle[role])
 
     def take_worker(self, queue: str) -> int | None:
-        """An idle worker that serves ``queue``, of the role that prefers it where there is one; it is busy then."""
-        first: Role = "large" if queue == LARGE_GEN else "small"
-        second: Role = "small" if first == "large" else "large"
-        for role in (first, second):
-            if self._idle[role] and (self.mode == "pooled" or queue in self._order[role]):
-                worker, _ = self._idle[role].popitem()
-                self.busy[worker] = True
-                self.n_busy += 1
-                return worker
-        return None
+        """An idle worker that serves ``queue``, whatever its role; it is busy then. The one that waits the longest, as Redis
+        gives to blocked readers: an idle large worker draws a hit though a small one idles too."""
+        found = [
+            (next(iter(idle.items()))[::-1], role)
+            for role, idle in self._idle.items()
+            if idle and (self.mode == "pooled" or queue in self._order[role])
+        ]
+        if not found:
+            return None
+        (_, worker), role = min(found)
+        del self._idle[role][worker]
+        self.busy[worker] = True
+        self.n_busy += 1
+        return worker
+
+    def _rest(self, worker: int) -> None:
+        self._moment += 1
+        self._idle[self.roles[worker]][worker] = self._moment
 
     def next_for(self, worker: int) -> tuple[int, str] | None:
         """What ``worker`` should draw next: (request, queue), taken out of the queue."""
@@ -114,7 +124,7 @@ class Fleet:
     def release(self, worker: int) -> None:
         self.busy[worker] = False
         self.n_busy -= 1
-        self._idle[self.roles[worker]][worker] = None
+        self._rest(worker)
 
     def occupy(self, worker: int) -> None:
         """An idle worker takes work by itself (after a move)."""
@@ -124,8 +134,8 @@ class Fleet:
 
     def set_role(self, worker: int, role: Role) -> None:
         old = self.roles[worker]
+        self.roles[worker] = role
         if not self.busy[worker]:
             del self._idle[old][worker]
-            self._idle[role][worker] = None
-        self.roles[worker] = role
+            self._rest(worker)
         self.n_large += (role == "large") - (old == "large")
