@@ -37,7 +37,7 @@ def examine() -> list[Check]:
     except ModmError as error:
         return [*checks, Check(name="settings", ok=False, said=str(error), mend="correct or unset it")]
     checks.append(Check(name="settings", ok=True, said=f"read, MODM_HOME={settings.home}"))
-    for examine_one in (_home, _redis, _models, _embedder, _device, _port, _running):
+    for examine_one in (_home, _redis, _models, _embedder, _ladder, _device, _port, _running):
         checks.append(examine_one(settings))
     return checks
 
@@ -133,6 +133,16 @@ def _embedder(settings: Settings) -> Check:
     from vector_store.embedder import embedder_identity
 
     return _guarded("embedder", "set MODM_EMBEDDER, or make train-scenes", lambda: embedder_identity(settings.embedder))
+
+
+def _ladder(settings: Settings) -> Check:
+    from orchestrator.build import choose_ladder
+
+    def look() -> str:
+        ladder = choose_ladder(settings)
+        return f"{len(ladder.rungs)} rungs, hits from {ladder.rungs[0].min_similarity:g} on"
+
+    return _guarded("ladder", "modm calibrate, then MODM_ROUTING__LADDER_FILE=FILE", look)
 
 
 def _device(settings: Settings) -> Check:
