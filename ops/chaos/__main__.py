@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import typer
@@ -20,18 +21,33 @@ from ops.chaos.rig import Rig
 from ops.chaos.run import Chaos
 from ops.demo import TRACE
 
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What suits an engine and its embedder. Scores and similarities are cosines.
+
+    ``verify_floor``: so high that many refined images are below it. ``picky``: what choosy prompts ask of an image.
+    ``twin``: what is predicted of an image of the same words only, and of no other.
+    """
+
+    environ: dict[str, str]
+    verify_floor: float
+    picky: float
+    twin: float
+
+
 ENGINES = {
-    "fake": {"MODM_WORKER__ENGINE": "fake", "MODM_EMBEDDER": "fake"},
+    # The test double's images score 1 all, so no floor below that would have one drawn again.
+    "fake": Tuning(
+        environ={"MODM_WORKER__ENGINE": "fake", "MODM_EMBEDDER": "fake"}, verify_floor=1.5, picky=0.9, twin=0.99
+    ),
     # Real models of three workers on two cores: a lease has to outlive a moment without a turn.
-    "scenes": {"MODM_WORKER__DEVICE": "cpu", "MODM_WORKER__LEASE_S": "4"},
+    "scenes": Tuning(
+        environ={"MODM_WORKER__DEVICE": "cpu", "MODM_WORKER__LEASE_S": "4"}, verify_floor=0.7, picky=0.7, twin=0.74
+    ),
 }
-#: Floor of verification and its budget, and what a choosy prompt asks of an image (cosine). The test double's images score
-#: 1, so no floor below that would have one drawn again.
-ESCALATION = {
-    "fake": {"verify_floor": 1.5, "escalation_rate": 0.2},
-    "scenes": {"verify_floor": 0.7, "escalation_rate": 0.2},
-}
-PICKY = {"fake": 0.9, "scenes": 0.7}
+#: Share of hits that may be drawn again.
+ESCALATION_RATE = 0.2
 #: The short form is what the tests run: each fault once, by the test double, two workers.
 SHORT = {"requests": 60, "rounds": 1, "workers": 2, "poison": 2, "engine": "fake"}
 
@@ -77,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     home = given.home.absolute()
     for name in ("drawn", "images", "logs", "redis", "vectors", "workers"):
         shutil.rmtree(home / name, ignore_errors=True)
-    rig = Rig(home, {**os.environ, **ENGINES[given.engine]}, workers=given.workers)
+    tuning = ENGINES[given.engine]
+    rig = Rig(home, {**os.environ, **tuning.environ}, workers=given.workers)
     try:
         rig.start()
         outcome = Chaos(
@@ -88,8 +105,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             seed=given.seed,
             poison=given.poison,
             steps=given.steps,
-            picky=PICKY[given.engine],
-            escalation=ESCALATION[given.engine],
+            picky=tuning.picky,
+            twin=tuning.twin,
+            escalation={"verify_floor": tuning.verify_floor, "escalation_rate": ESCALATION_RATE},
             limit_s=given.seconds,
         ).run()
     finally:

@@ -22,6 +22,8 @@ FULL_S = 2.0
 DAY_S = 86_400.0
 #: How long the death of the orchestrator is put off until some request waits on another one's image.
 WAITER_S = 20.0
+#: In the place of the mark of a poison prompt: the same word to an embedder.
+HARMLESS = "((crash))"
 #: Every refined image is drawn again while prompts are out that kill from the second drawing on.
 ALL_AGAIN: dict[str, float] = {"verify_floor": 1.5, "escalation_rate": 1.0}
 
@@ -29,11 +31,14 @@ ALL_AGAIN: dict[str, float] = {"verify_floor": 1.5, "escalation_rate": 1.0}
 class Faults:
     """``damaged``: id -> when the run broke its image, Unix seconds of the Redis clock. ``cancelled``: ids by the run.
 
-    ``escalation``: the runtime control's ``verify_floor`` and ``escalation_rate`` while nothing else is wanted.
+    ``escalation``: the runtime control's ``verify_floor`` and ``escalation_rate`` while nothing else is wanted. ``twin``:
+    similarity that is only predicted of an image of the same words.
     """
 
-    def __init__(self, rig: Rig, load: Load, rng: random.Random, *, escalation: Mapping[str, float]) -> None:
-        self.rig, self.load, self.rng, self.escalation = rig, load, rng, dict(escalation)
+    def __init__(
+        self, rig: Rig, load: Load, rng: random.Random, *, escalation: Mapping[str, float], twin: float | None
+    ) -> None:
+        self.rig, self.load, self.rng, self.escalation, self.twin = rig, load, rng, dict(escalation), twin
         self.damaged: dict[str, float] = {}
         self.cancelled: set[str] = set()
         self.waiting_at_death = 0
@@ -139,7 +144,7 @@ class Faults:
             self._poisoned += 1
             self.load.send({"prompt": f"{CRASH} {prompt}"}, self.load.tally.poison)
             if number == 0:
-                self._follow(prompt)
+                self._follow(f"{CRASH} {prompt}")
 
     def _poison_again(self, count: int) -> None:
         """Recovered when each is answered with its first image: drawn before, so hits, below the floor of the moment."""
@@ -150,9 +155,9 @@ class Faults:
             self.load.send(wanted, self.load.tally.poison_again)
 
     def _follow(self, prompt: str) -> None:
-        """One that waits on the poison, which is like it: it gives up, or is there when that fails."""
-        choosy = {} if self.load.picky is None else {"min_similarity": self.load.picky}
-        self.load.send({"prompt": prompt} | choosy)
+        """One that waits on the poison, as no cached image is so like it: it gives up, or is there when that fails."""
+        choosy = {} if self.twin is None else {"min_similarity": self.twin}
+        self.load.send({"prompt": prompt.replace(CRASH, HARMLESS)} | choosy)
 
     def _poison_over(self) -> bool:
         tally = self.load.tally
@@ -166,7 +171,7 @@ class Faults:
                 and row.id not in self._followed
             ):
                 self._followed.add(row.id)
-                self._follow(row.request.prompt.removeprefix(CRASH).strip())
+                self._follow(row.request.prompt)
         if not all(row.state in FINAL for row in rows):
             return False
         self.escalate(self.escalation)

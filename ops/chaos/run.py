@@ -73,6 +73,7 @@ class Chaos:
     users: int = 8
     steps: int | None = None
     picky: float | None = None
+    twin: float | None = None
     escalation: Mapping[str, float] = field(default_factory=dict)
     limit_s: float = float("inf")
 
@@ -85,7 +86,7 @@ class Chaos:
             self.rig.url, self.prompts, users=self.users, enough=self._enough, seed=self.seed, steps=self.steps,
             picky=self.picky,
         )  # fmt: skip
-        self.faults = Faults(self.rig, self.load, random.Random(self.seed), escalation=self.escalation)
+        self.faults = Faults(self.rig, self.load, random.Random(self.seed), escalation=self.escalation, twin=self.twin)
         self.plan = plan(self.seed, rounds=self.rounds, requests=self.requests, without=self.faults.without())
         self.watch = Watch(self.rig.pids, time.monotonic)
         self._over = threading.Event()
@@ -175,7 +176,10 @@ class Chaos:
             return False
         now = exercised(records, logs, self.rig.limits, waiting_at_death=self.faults.waiting_at_death)
         # What only a fault brings about comes no more.
-        return self._late() or set(now.never) <= BY_FAULTS
+        if self._late() or set(now.never) <= BY_FAULTS:
+            return True
+        self.rig.pause(1.0)
+        return False
 
     def _inject_all(self) -> None:
         tally = self.load.tally
