@@ -121,7 +121,7 @@ class Demo:
         from modm_tasks.output import table
         from orchestrator.report import tables
         from orchestrator.report.build import comparison
-        from orchestrator.report.write import read_latencies, write_comparison
+        from orchestrator.report.write import read_latencies, read_sheet, write_comparison
 
         reports = [large, pooled, roles]
         names = tables.names(reports)
@@ -129,13 +129,13 @@ class Demo:
         with_roles = comparison(large, roles)
         figures |= {"roles": {"speedup": with_roles["speedup"], "role_moves": roles["role_moves"]}}
         figures["lost"] += roles["requests"]["lost"]
-        sheet = self.reports / "modm" / "contact-sheet.png"
+        sheet = read_sheet(self.reports / "modm")
         write_comparison(
             self.reports,
             reports,
             figures,
             latencies={name: read_latencies(self.reports / name) for name in names},
-            sheet=sheet.read_bytes() if sheet.is_file() else None,
+            sheets={} if sheet is None else {"modm": sheet},
             lead=verdict(figures),
             title="MoDM demo: the large model alone, and MoDM",
         )

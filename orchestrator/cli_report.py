@@ -40,7 +40,7 @@ def compare(
     from modm_tasks.errors import InvalidInputError
     from orchestrator.report import tables
     from orchestrator.report.build import comparison
-    from orchestrator.report.write import read_latencies, read_report, write_comparison
+    from orchestrator.report.write import read_latencies, read_report, read_sheet, write_comparison
 
     if len(folders) < 2:
         raise InvalidInputError("compare needs at least two folders", field="DIR")
@@ -50,7 +50,8 @@ def compare(
     reports = [r | {"name": n} for r, n in zip(reports, names, strict=True)]
     figures = comparison(reports[0], reports[-1])
     latencies = {n: read_latencies(f) for n, f in zip(names, folders, strict=True)}
-    write_comparison(output, reports, figures, latencies=latencies)
+    sheets = {n: sheet for n, f in zip(names, folders, strict=True) if (sheet := read_sheet(f)) is not None}
+    write_comparison(output, reports, figures, latencies=latencies, sheets=sheets)
     if json:
         print_json(figures)
     else:

@@ -36,10 +36,10 @@ def page(
     reports: Sequence[Mapping[str, Any]],
     plots: Mapping[str, bytes],
     *,
-    sheet: bytes | None = None,
+    sheets: Mapping[str, bytes] | None = None,
     lead: str = "",
 ) -> str:
-    """The page as text."""
+    """The page as text. ``sheets``: the contact sheet of each run, by its name."""
     head = "".join(f"<th>{escape(n)}</th>" for n in tables.names(reports))
     body = "".join(
         f"<tr><th>{escape(row[0])}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row[1:])}</tr>"
@@ -49,13 +49,13 @@ def page(
         f'<figure><img alt="{escape(name)}" src="{_data_uri(png)}"><figcaption>{escape(name)}</figcaption></figure>'
         for name, png in plots.items()
     )
-    contact = (
-        "<h2>Contact sheet</h2><p>Prompt, cached source image, refined image.</p>"
+    contact = "".join(
+        f"<h2>Contact sheet: {escape(name)}</h2><p>Prompt, cached source image, refined image.</p>"
         f'<figure><img alt="contact sheet" src="{_data_uri(sheet)}"></figure>'
-        if sheet
-        else ""
+        for name, sheet in (sheets or {}).items()
     )
-    machine = escape(json.dumps(reports[0]["machine"], indent=1)) if reports else ""
+    machines = [json.dumps(r["machine"], indent=1, default=str) for r in reports]
+    machine = escape("\n".join(dict.fromkeys(machines)))  # once, where all ran on the same
     settings = escape(json.dumps([r["settings"] for r in reports], indent=1, default=str))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

@@ -158,6 +158,7 @@ def all_plots(reports: Sequence[Report], latencies: Mapping[str, Sequence[float]
         "Skipped steps": skipped_steps(reports),
         "Throughput over time": over_time(reports, "served_per_min", "images per minute"),
         "Hit rate over time": over_time(reports, "hit_rate", "hit rate"),
+        "Skipped steps over time": over_time(reports, "mean_skipped", "mean skipped steps of hits"),
         "Unstarted requests over time": over_time(reports, "queue", "requests waiting"),
     }
     for report in reports:

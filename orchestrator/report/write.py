@@ -66,7 +66,9 @@ def write_report(
         if report["per_minute"]:
             _csv(target / "per_minute.csv", tuple(report["per_minute"][0]), report["per_minute"])
         _pictures(target, drawn, sheet)
-        page = html.page(f"MoDM run: {report['name']}", [report], drawn, sheet=sheet, lead=summary(report))
+        page = html.page(
+            f"MoDM run: {report['name']}", [report], drawn, sheets=_named(report, sheet), lead=summary(report)
+        )
         (target / "index.html").write_text(page, encoding="utf-8")
 
     return _replace(folder, fill)
@@ -74,14 +76,16 @@ def write_report(
 
 def write_comparison(
     folder: Path, reports: Sequence[Mapping[str, Any]], comparison: Mapping[str, Any], *,
-    latencies: Mapping[str, Sequence[float]], sheet: bytes | None = None, lead: str = "", title: str = "MoDM comparison",
+    latencies: Mapping[str, Sequence[float]], sheets: Mapping[str, bytes] | None = None, lead: str = "",
+    title: str = "MoDM comparison",
 ) -> Path:  # fmt: skip
-    """comparison.json, plots, contact sheet and index.html of several reports, into an existing or new folder."""
+    """comparison.json, plots and index.html of several reports, into an existing or new folder. ``sheets``: the contact
+    sheet of each run, by its name."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = plots.all_plots(reports, latencies)
     _json(folder / "comparison.json", comparison)
-    _pictures(folder, drawn, sheet)
-    (folder / "index.html").write_text(html.page(title, reports, drawn, sheet=sheet, lead=lead), encoding="utf-8")
+    _pictures(folder, drawn)
+    (folder / "index.html").write_text(html.page(title, reports, drawn, sheets=sheets, lead=lead), encoding="utf-8")
     return folder
 
 
@@ -122,7 +126,17 @@ def read_latencies(folder: Path) -> list[float]:
         return []
 
 
-def _pictures(target: Path, drawn: Mapping[str, bytes], sheet: bytes | None) -> None:
+def read_sheet(folder: Path) -> bytes | None:
+    """The contact sheet of a report folder, if it has one."""
+    path = folder / "contact-sheet.png"
+    return path.read_bytes() if path.is_file() else None
+
+
+def _named(report: Mapping[str, Any], sheet: bytes | None) -> dict[str, bytes]:
+    return {} if sheet is None else {str(report["name"]): sheet}
+
+
+def _pictures(target: Path, drawn: Mapping[str, bytes], sheet: bytes | None = None) -> None:
     (target / "plots").mkdir(exist_ok=True)
     for name, png in drawn.items():
         (target / "plots" / f"{name.lower().replace(':', '').replace(' ', '-')}.png").write_bytes(png)

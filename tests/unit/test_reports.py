@@ -170,12 +170,19 @@ def test_the_machine_is_named_without_host_or_paths() -> None:
 def test_commands(tmp_path: Path) -> None:
     run = CliRunner()
     for name, rate in (("a", 10.0), ("b", 30.0)):
-        write_report(tmp_path / name, report(name=name) | {"served_per_min": rate}, RECORDS)
+        sheet = contact_sheet([Pair(prompt="p", result=png())])
+        made = report(name=name, machine={"cpu": f"cpu of {name}"}) | {"served_per_min": rate}
+        write_report(tmp_path / name, made, RECORDS, sheet=sheet)
     shown = run.invoke(report_app, ["show", str(tmp_path / "a"), "--json"])
     assert json.loads(shown.stdout)["name"] == "a"
     folders = [str(tmp_path / n) for n in ("a", "b")]
     compared = run.invoke(report_app, ["compare", *folders, "--output", str(tmp_path / "c"), "--json"])
     assert json.loads(compared.stdout)["speedup"] == 3.0
-    assert (tmp_path / "c" / "index.html").is_file()
+    page = (tmp_path / "c" / "index.html").read_text()
+    for name in ("a", "b"):
+        assert f"Contact sheet: {name}" in page
+        assert f"cpu of {name}" in page
+    for title in ("Latency", "Hit rate over time", "Skipped steps over time", "Unstarted requests over time"):
+        assert f"<figcaption>{title}</figcaption>" in page
     assert run.invoke(report_app, ["compare", folders[0]]).exit_code == 2
     assert run.invoke(report_app, ["show", str(tmp_path)]).exit_code == 1
