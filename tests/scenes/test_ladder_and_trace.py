@@ -15,6 +15,7 @@ from ops.scenes.classifier import attribute_accuracy
 from ops.scenes.embed import embed_images, embed_texts
 from ops.scenes.holdout import CHAIN_LENGTH, chains, read_eval_prompts, trained_scenes
 from ops.scenes.trace import REQUESTS, TRACE, WARM, WARM_CACHE, statistics, stream
+from ops.scenes.trace_vectors import VECTORS
 
 
 def test_the_shipped_ladder_is_a_ladder() -> None:
@@ -101,3 +102,18 @@ def test_the_warm_cache_shows_its_captions_and_serves_the_trace() -> None:
     best = (embed_texts(asked) @ embed_images(images).T).max(1)
     lowest = read_ladder()[-1].min_similarity
     assert (best >= lowest).mean() > 0.5
+
+
+def test_the_vectors_of_the_trace_are_those_of_its_prompts_and_pictures() -> None:
+    warm = [json.loads(line) for line in (WARM_CACHE / "captions.jsonl").read_text().splitlines()]
+    prompts = [row["prompt"] for row in warm] + [json.loads(line)["prompt"] for line in TRACE.read_text().splitlines()]
+    with np.load(VECTORS) as found:
+        assert found["text"].shape == found["image"].shape == (WARM + REQUESTS, 128)
+        some = slice(WARM - 3, WARM + 3)
+        assert found["text"][some] == pytest.approx(embed_texts(prompts[some]), abs=2e-3)
+        with Image.open(WARM_CACHE / warm[5]["file"]) as picture:
+            assert found["image"][5] == pytest.approx(embed_images([picture])[0], abs=2e-3)
+        # Each picture resembles its own prompt more than another one's.
+        own = (found["text"] * found["image"]).sum(1, dtype=np.float32)
+        other = (found["text"] * np.roll(found["image"], 7, axis=0)).sum(1, dtype=np.float32)
+        assert (own > other).mean() > 0.97

@@ -17,6 +17,7 @@ from orchestrator.cli_simulate import simulate_command
 from orchestrator.device_profiles import FOLDER, load_profile
 from orchestrator.simulator.experiments import SYSTEMS, Cell, missed_bars
 
+ROOT = Path(__file__).parents[2]
 app = typer.Typer()
 app.command("simulate")(simulate_command)
 app.add_typer(bench_app, name="bench")
@@ -52,6 +53,17 @@ def test_the_one_liner(embeddings: Path) -> None:
     assert {"policy", "hit_rate", "skipped_steps", "served_per_min", "latency_s", "queue_wait_s", "slo", "refined_by",
             "role_moves", "machine", "settings"} <= set(report)  # fmt: skip
     assert set(report["latency_s"]) == {"mean", "p50", "p95", "p99"}
+
+
+def test_the_bundled_trace_by_its_real_vectors_hits_as_often_as_on_the_stack() -> None:
+    code, out, _ = call(
+        *("simulate", "--embeddings", ROOT / "ops/scenes/data/trace-vectors.npz", "--warm-cache", 200, "--gpus", 2),
+        *("--ladder-file", ROOT / "vector_store/weights/scenes-clip/ladder.json", "--num-requests", 160),
+        *("--large-s", 1.2, "--small-s", 0.257, "--rate-per-min", 100, "--policy", "modm", "--json"),
+    )
+    assert code == 0
+    measured = json.loads((ROOT / "docs/reports/slo/slo-100/report.json").read_text())  # the same 160 requests
+    assert json.loads(out)["hit_rate"] == pytest.approx(measured["hit_rate"], abs=0.02)
 
 
 def test_profiles_features_recorded_arrivals_and_a_report_folder(embeddings: Path, tmp_path: Path) -> None:
