@@ -6,8 +6,13 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
+import pytest
+from PIL import Image
+
 from modm_tasks.ledger import Ledger
 from orchestrator.controller.pooling import MARK
+from orchestrator.stack_profile import ROWS
 from tests.conftest import SettingsFactory
 from tests.support.processes import Processes, run_modm, wait_until
 from tests.support.stack import start_stack
@@ -43,6 +48,23 @@ def test_experiments_set_the_control_and_give_it_back(
     (name,) = (n for n in spaces if n.startswith("bench-throughput-"))
     misses = report["skipped_steps"].get("0", 0)
     assert spaces[name]["images"] == 3 + misses  # the refined images stayed outside
+
+    longer, pictures, profile = tmp_path / "longer.jsonl", tmp_path / "pictures", tmp_path / "fake.toml"
+    longer.write_text("".join(json.dumps({"prompt": SUBJECTS[i % 3]}) + "\n" for i in range(ROWS + 20)))
+    pictures.mkdir()
+    Image.new("RGB", (64, 64), "red").save(pictures / "boat.png")
+    (pictures / "boat.txt").write_text(SUBJECTS[0])
+    profile.write_text("[models.scenes-large]\nimage_s = 0.1\n[models.scenes-small]\nimage_s = 0.02\n")
+    call = ("bench", "validate", "--trace", str(longer), "--profile", str(profile), "--arrivals", "closed", "--json")
+    given = ("--num-requests", "20", "--cache-directory", str(pictures), "--report", str(tmp_path / "validate"))
+    done = run_modm(*call, *given, env=stack.environ)
+    assert done.returncode in {0, 4}, done.stderr  # the times of a profile by hand are no measurement
+    found = json.loads(done.stdout)
+    assert found["requests"] == 20
+    assert found["real"]["hit_rate"] > 0.5
+    assert found["simulated"]["hit_rate"] == pytest.approx(found["real"]["hit_rate"], abs=0.11)  # two of twenty
+    with np.load(tmp_path / "validate" / "run" / "vectors.npz") as vectors:
+        assert (len(vectors["text"]), len(vectors["image"]), len(vectors["warm"])) == (20, 20, 1)
 
     roles = ("bench", "rising", "--trace", str(trace), "--rate-per-min", "3000", "--workers", "roles", "--json")
     done = run_modm(*roles, "--report", str(tmp_path / "rising"), env=stack.environ)
