@@ -6,6 +6,7 @@ All of it is state, not commands: whoever restarts reads it again and continues.
 from __future__ import annotations
 
 import json
+import time
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -42,6 +43,10 @@ class Control(BaseModel):
     escalation_rate: float | None = Field(None, ge=0, le=1)
 
 
+#: A change of the control is in force everywhere after so long.
+CONTROL_FRESH_S = 0.5
+
+
 class RoleMove(BaseModel):
     """A worker changed its role."""
 
@@ -59,6 +64,7 @@ class ClusterState:
 
     redis: Any  # redis.Redis; its stubs cannot tell a sync reply from an awaitable one
     prefix: str
+    _control_seen: tuple[float, Control] = (float("-inf"), Control())
 
     # --- workers ------------------------------------------------------------------------------------------------
 
@@ -124,6 +130,14 @@ class ClusterState:
         rows: dict[str, str] = self.redis.hgetall(f"{self.prefix}control")
         return Control.model_validate({k: json.loads(v) for k, v in rows.items()})
 
+    def recent_control(self) -> Control:
+        """``control``, read again after CONTROL_FRESH_S: for what asks at every request."""
+        at_s, seen = self._control_seen
+        if time.monotonic() - at_s >= CONTROL_FRESH_S:
+            seen = self.control()
+            self._control_seen = (time.monotonic(), seen)
+        return seen
+
     @guarded
     def set_control(self, **changes: Any) -> Control:
         """Change some fields; None returns a field to the settings. Raises InvalidInputError."""
@@ -139,6 +153,7 @@ class ClusterState:
             pipe.hdel(key, *gone)
         pipe.hset(key, mapping=values)
         pipe.execute()
+        self._control_seen = (float("-inf"), merged)
         return merged
 
     # --- windows ------------------------------------------------------------------------------------------------

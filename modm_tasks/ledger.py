@@ -19,6 +19,7 @@ import redis
 
 from modm_tasks import ledger_scripts, ledger_scripts_worker
 from modm_tasks.errors import ConflictError, LeaseLostError, NotFoundError, RefusedError
+from modm_tasks.ledger_arguments import accepted, accepting, routing, text_of
 from modm_tasks.ledger_reads import LedgerReads, record_of
 from modm_tasks.messages import Completion, Decision, RequestRecord, Route, State, SubmitRequest
 from modm_tasks.redis_client import connect, guarded, pairs, redis_url
@@ -48,8 +49,20 @@ class Ledger(LedgerReads):
         )
 
     def _run(self, name: str, *args: object) -> list[Any]:
-        reply: list[Any] = self._scripts[name](keys=[self.prefix], args=[_text(a) for a in args])
+        reply: list[Any] = self._scripts[name](keys=[self.prefix], args=[text_of(a) for a in args])
         return reply
+
+    def _run_each(self, name: str, calls: Sequence[Sequence[object]]) -> list[list[Any]]:
+        """A script with each of these arguments, in one round trip; not one transaction."""
+        script, pipe = self._scripts[name], self.redis.pipeline(transaction=False)
+        texts = [[text_of(a) for a in args] for args in calls]
+        for args in texts:
+            pipe.evalsha(script.sha, 1, self.prefix, *args)
+        try:
+            replies: list[list[Any]] = pipe.execute()
+            return replies
+        except redis.exceptions.NoScriptError:  # the first call of a Redis; asking each time would cost a round trip
+            return [script(keys=[self.prefix], args=args) for args in texts]
 
     # --- by the front -------------------------------------------------------------------------------------------
 
@@ -86,20 +99,24 @@ class Ledger(LedgerReads):
         rank_offset_s: float = 0.0,
     ) -> tuple[str, RequestRecord | None]:
         """``accept`` that gives a new request's record, which need not be read then; None where it is known already."""
-        arrival = "" if request.arrival_s is None else request.arrival_s
-        reply = self._run(
-            "ACCEPT", request_id, request.model_dump_json(), arrival, request.client, request.idempotency_key or "",
-            max_open, max_client_open, slo_s, rank_offset_s,
-        )  # fmt: skip
-        if reply[0] == "full":
-            whose, limit = ("of this client's ", max_client_open) if reply[1] == "client" else ("", max_open)
-            raise RefusedError(f"{limit} {whose}requests are unfinished; that is the limit", retry_after_s=5)
-        if reply[0] != "ok":
-            return reply[1], None
-        arrival_s, accepted_s, rank = map(float, reply[2:])
-        return reply[1], RequestRecord(
-            id=request_id, state=State.ACCEPTED, request=request, rank=rank, arrival_s=arrival_s, accepted_s=accepted_s
-        )
+        arguments = accepting(request_id, request, slo_s, max_open, max_client_open, rank_offset_s)
+        return accepted(request_id, request, self._run("ACCEPT", *arguments), max_open, max_client_open)
+
+    @guarded
+    def accept_each(
+        self, requests: Sequence[tuple[str, SubmitRequest, float]], *, max_open: int, max_client_open: int = 0
+    ) -> list[tuple[str, RequestRecord | None] | RefusedError]:
+        """``accept_record`` of several callers' requests, as (id, request, SLO seconds), in one round trip. Each is accepted
+        or refused by itself.
+        """
+        calls = [accepting(i, r, slo_s, max_open, max_client_open, 0.0) for i, r, slo_s in requests]
+        out: list[tuple[str, RequestRecord | None] | RefusedError] = []
+        for (request_id, request, _), reply in zip(requests, self._run_each("ACCEPT", calls), strict=True):
+            try:
+                out.append(accepted(request_id, request, reply, max_open, max_client_open))
+            except RefusedError as error:
+                out.append(error)
+        return out
 
     @guarded
     def route(
@@ -112,7 +129,7 @@ class Ledger(LedgerReads):
         rank: float | None = None,
     ) -> bool:
         """Queue the request as decided. False where it has moved on (cancelled, claimed, routed by a twin)."""
-        return bool(self._run("ROUTE", *_routing(request_id, decision, expected, text_vector, rank))[0] == "ok")
+        return bool(self._run("ROUTE", *routing(request_id, decision, expected, text_vector, rank))[0] == "ok")
 
     @guarded
     def route_many(self, moves: Sequence[tuple[str, Decision, str, float | None]]) -> list[bool]:
@@ -120,14 +137,8 @@ class Ledger(LedgerReads):
 
         Each is a compare-and-set by itself, so an outage in between leaves some queued and some accepted.
         """
-        script, pipe = self._scripts["ROUTE"], self.redis.pipeline(transaction=False)
-        calls = [[_text(a) for a in _routing(i, d, State.ACCEPTED, vector, rank)] for i, d, vector, rank in moves]
-        for args in calls:
-            pipe.evalsha(script.sha, 1, self.prefix, *args)
-        try:
-            return [reply[0] == "ok" for reply in pipe.execute()]
-        except redis.exceptions.NoScriptError:  # the first call of a Redis; asking each time would cost a round trip
-            return [script(keys=[self.prefix], args=args)[0] == "ok" for args in calls]
+        calls = [routing(i, d, State.ACCEPTED, vector, rank) for i, d, vector, rank in moves]
+        return [reply[0] == "ok" for reply in self._run_each("ROUTE", calls)]
 
     @guarded
     def wait_on(
@@ -280,18 +291,3 @@ class Ledger(LedgerReads):
     @guarded
     def finish_cancelled(self, request_id: str, attempt: int) -> None:
         self._owned("FINISH_CANCELLED", request_id, attempt)
-
-
-def _routing(
-    request_id: str, decision: Decision, expected: State, text_vector: str, rank: float | None
-) -> tuple[object, ...]:
-    if decision.route is Route.STORED:
-        raise ConflictError("a stored answer is no queue: nobody would serve it")
-    return (
-        request_id, expected.value, decision.route.value, decision.model_dump_json(), decision.skipped_steps,
-        decision.source_id or "", decision.reason[:300], text_vector, "" if rank is None else rank,
-    )  # fmt: skip
-
-
-def _text(value: object) -> str | bytes:
-    return format(value, ".6f") if isinstance(value, float) else str(value)

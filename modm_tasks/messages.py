@@ -92,7 +92,9 @@ class SubmitRequest(Message):
             raise ValueError("must not be empty")
         if len(value) > MAX_PROMPT_CHARS:
             raise ValueError(f"has {len(value)} characters; the limit is {MAX_PROMPT_CHARS}")
-        if not value.isprintable() and any(unicodedata.category(c) in {"Cc", "Cs"} and c not in "\n\t\r" for c in value):
+        if not value.isprintable() and any(
+            unicodedata.category(c) in {"Cc", "Cs"} and c not in "\n\t\r" for c in value
+        ):
             raise ValueError("must be text without control characters")
         return value
 

@@ -148,7 +148,7 @@ class Admission:
             return False
         drawn = record.decision is None or record.decision.route is Route.LARGE_GEN
         large = drawn and record.completion.depth == 0  # a fallback is refined, whatever it was sent to
-        return large or (self.ledger.control().cache_admission or self.cache.settings.cache.admission) == "all"
+        return large or (self.ledger.recent_control().cache_admission or self.cache.settings.cache.admission) == "all"
 
     @staticmethod
     def _entry(record: RequestRecord) -> ImageEntry:

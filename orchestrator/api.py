@@ -1,6 +1,7 @@
 """The HTTP API: the service by FastAPI. Errors of ours become one JSON shape; OpenAPI is at /docs and /openapi.json."""
 
 # Annotations are evaluated here, not postponed: FastAPI must see dependencies that are made inside functions.
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -10,6 +11,7 @@ from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Respons
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from modm_tasks import __version__
@@ -158,12 +160,16 @@ def request_routes(gate: Gate) -> APIRouter:
     admin = Annotated[Caller, Depends(gate.require("admin"))]
 
     @router.post("/requests", status_code=202, response_model=RequestRecord)
-    def submit_one(
+    async def submit_one(
         body: SubmitRequest, service: Svc, caller: submit, idempotency_key: Annotated[str | None, Header()] = None
     ) -> Response:
         """Accept one prompt. Durable when this answers."""
         gate.admit(caller, 1)
-        record = service.submit(as_caller(body, caller, idempotency_key))
+        given = as_caller(body, caller, idempotency_key)
+        if service.slow_to_check:
+            record = await run_in_threadpool(service.submit, given)
+        else:
+            record = await asyncio.wrap_future(service.acceptor.put(given))
         # As bytes: the framework would check what is a checked model already, on another thread.
         return Response(record.model_dump_json(), status_code=202, media_type="application/json")
 
@@ -220,8 +226,6 @@ def request_routes(gate: Gate) -> APIRouter:
     @router.get("/requests/{request_id}/events", response_class=StreamingResponse)
     async def events(request_id: str, request: Request, service: Svc, caller: read) -> StreamingResponse:
         """Server-sent events: every transition and step until the request has ended."""
-        from starlette.concurrency import run_in_threadpool
-
         from orchestrator.events import follow
 
         own(await run_in_threadpool(service.get, request_id), caller)

@@ -7,6 +7,7 @@ cache. It does not decode images (``--deep`` does): an unreadable source is foun
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING
 
 from modm_tasks.errors import ModmError
@@ -23,6 +24,21 @@ log = logging.getLogger(__name__)
 MOST_GONE = 0.2
 #: So few may be gone whatever their share.
 FEW = 10
+#: The walk works for so long at a time, and then rests for nine times that: it shares Python's interpreter with routing.
+WORK_S, REST = 0.005, 9.0
+
+
+class Pace:
+    """Called often; pauses the caller so that it is at work a tenth of the time."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def __call__(self) -> None:
+        worked_s = time.monotonic() - self._since
+        if worked_s >= WORK_S:
+            time.sleep(REST * worked_s)
+            self._since = time.monotonic()
 
 
 def is_safe(report: VerifyReport) -> bool:
@@ -36,7 +52,7 @@ def reconcile(cache: ImageCache, ledger: Ledger) -> VerifyReport | None:
     from vector_store.admin import verify
 
     try:
-        report = verify(cache, now_s=ledger.now_s(), referenced=ledger.known)
+        report = verify(cache, now_s=ledger.now_s(), referenced=ledger.known, rest=Pace())
         if report.clean:
             return report
         if not is_safe(report):
@@ -46,7 +62,7 @@ def reconcile(cache: ImageCache, ledger: Ledger) -> VerifyReport | None:
                 len(report.vectors_without_file), report.checked, len(report.wrong_dimension),
             )  # fmt: skip
             return report
-        report = verify(cache, repair=True, now_s=ledger.now_s(), referenced=ledger.known)
+        report = verify(cache, repair=True, now_s=ledger.now_s(), referenced=ledger.known, rest=Pace())
     except ModmError as error:
         log.warning("cache not reconciled at start: %s", error)
         return None

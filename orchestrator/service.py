@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from modm_tasks import __version__
-from modm_tasks.errors import ConflictError, InvalidInputError, RefusedError
+from modm_tasks.errors import ConflictError, InvalidInputError, ModmError, RefusedError
 from modm_tasks.image_store import ImageStore
 from modm_tasks.ledger import Ledger
 from modm_tasks.messages import FINAL, RequestRecord, State, SubmitRequest, new_request_id
 from modm_tasks.safety import load_hook
 from modm_tasks.settings import Settings
+from orchestrator.acceptor import Acceptor
 from orchestrator.decisions.routing import check_features, check_policy
 from orchestrator.explain import explain
 
@@ -54,6 +55,8 @@ class Service:
         self.settings, self.ledger = parts.settings, parts.ledger
         self._health_problems = health_problems
         self._hook = load_hook(parts.settings.safety_hook)
+        #: Takes single requests; several callers' share one round trip.
+        self.acceptor = Acceptor(self.submit_each)
         self._started = time.monotonic()
         self._slo_s = 0.0
         self._slo_read = float("-inf")
@@ -65,8 +68,10 @@ class Service:
         self.parts.pipeline.start()
         self.parts.admission.start()
         self.parts.watchdog.start()
+        self.acceptor.start()
 
     def stop(self) -> None:
+        self.acceptor.stop()
         self.parts.watchdog.stop()
         self.parts.admission.stop()
         self.parts.pipeline.stop()
@@ -83,23 +88,54 @@ class Service:
         for request in requests:
             self._check(request)
         self._check_capacity()
-        slo = self.settings.slo
-        slo_s = slo.multiple * self.large_latency_s()
+        slo, large_s = self.settings.slo, self.large_latency_s()
         records = []
         for request in requests:
-            request_id, record = self.ledger.accept_record(
+            answer = self.ledger.accept_record(
                 new_request_id(),
                 request,
-                slo_s=request.deadline_s or slo_s,
+                slo_s=request.deadline_s or slo.multiple * large_s,
                 max_open=slo.max_open_requests,
                 max_client_open=self.settings.api.open_requests_per_client,
             )
-            if record is None:
-                record = self.ledger.get(request_id)
-            else:
-                self.parts.pipeline.put(request_id, record)
-            records.append(record)
+            records.append(self._taken(*answer))
         return records
+
+    def submit_each(self, requests: Sequence[SubmitRequest]) -> list[RequestRecord | ModmError]:
+        """Accept requests of several callers in one round trip: for each its record, or what it is refused with."""
+        out: list[RequestRecord | ModmError | None] = []
+        for request in requests:
+            try:
+                self._check(request)
+                out.append(None)
+            except ModmError as error:
+                out.append(error)
+        self._check_capacity()
+        slo, slo_s = self.settings.slo, self.settings.slo.multiple * self.large_latency_s()
+        good = [r for r, refusal in zip(requests, out, strict=True) if refusal is None]
+        answers = iter(
+            self.ledger.accept_each(
+                [(new_request_id(), r, r.deadline_s or slo_s) for r in good],
+                max_open=slo.max_open_requests,
+                max_client_open=self.settings.api.open_requests_per_client,
+            )
+        )
+        return [refusal or self._answered(next(answers)) for refusal in out]
+
+    def _answered(self, answer: tuple[str, RequestRecord | None] | RefusedError) -> RequestRecord | ModmError:
+        return answer if isinstance(answer, RefusedError) else self._taken(*answer)
+
+    def _taken(self, request_id: str, record: RequestRecord | None) -> RequestRecord:
+        """A new request goes on to be routed; one that its idempotency key makes known is read."""
+        if record is None:
+            return self.ledger.get(request_id)
+        self.parts.pipeline.put(request_id, record)
+        return record
+
+    @property
+    def slow_to_check(self) -> bool:
+        """Whether somebody else's code looks at prompts: it must not hold up other callers."""
+        return self._hook is not None
 
     def _check(self, request: SubmitRequest) -> None:
         if request.policy is not None:
@@ -115,7 +151,7 @@ class Service:
     def _check_capacity(self) -> None:
         if problems := self._health_problems():
             raise RefusedError(f"not accepting work: {problems[0]}", retry_after_s=10)
-        control = self.ledger.control()
+        control = self.ledger.recent_control()
         if control.refuse_until_s and (wait := control.refuse_until_s - self.ledger.now_s()) > 0:
             raise RefusedError("overloaded: no quality is left to give up", retry_after_s=round(wait, 1))
         bound = self.settings.slo.max_backlog_s

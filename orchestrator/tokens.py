@@ -74,15 +74,15 @@ class Tokens:
 
     def top_up(self) -> int:
         """Compare tokens with ready requests; send what is missing for the second time running. Returns how many."""
-        sent = 0
+        sent, counts = 0, self.ledger.counts()
         for queue in TASK_OF_QUEUE:
-            ready = self.ledger.ready(queue)
-            missing = max(0, len(ready) - self.ledger.list_length(queue))
+            missing = max(0, counts[f"ready:{queue}"] - self.ledger.list_length(queue))
             stands = min(missing, self._short_before[queue])
             self._short_before[queue] = missing - stands
             if stands:
-                self.send_many([(queue, request_id, None) for request_id, _ in ready[:stands]])
-                sent += stands
+                ready = self.ledger.ready(queue, limit=stands)
+                self.send_many([(queue, request_id, None) for request_id, _ in ready])
+                sent += len(ready)
         if sent:
             log.warning("%d tokens had vanished and were sent again", sent)
         return sent

@@ -108,7 +108,8 @@ class Watchdog:
             self.admission.put(request_id)
 
     def _open(self) -> None:
-        if self.pipeline.open_requests:
+        # Thousands of ids are read only where something is remembered that has ended.
+        if len(self.pipeline.open_requests) > self.ledger.counts()["open"]:
             self.pipeline.open_requests.keep_only(self.ledger.index("open", limit=1_000_000))
 
     def _trim(self) -> None:

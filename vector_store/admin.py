@@ -200,9 +200,10 @@ def verify(
     deep: bool = False,
     now_s: float,
     referenced: Callable[[Sequence[str]], set[str]] | None = None,
+    rest: Callable[[], None] = lambda: None,
 ) -> VerifyReport:
     """Compare vectors with files. ``deep`` decodes every image; ``referenced`` says which of some request ids the
-    ledger still needs the file of.
+    ledger still needs the file of; ``rest`` is called after each image, so that a walk beside serving may be slow.
 
     Repair deletes vectors whose image is gone or unreadable, broken entries, collections of another dimension, and
     files that nothing refers to. Files are looked at only where all namespaces are.
@@ -214,7 +215,7 @@ def verify(
         if collection in cache.backend.collections() and cache.backend.dim(collection) != cache.dim:
             report.wrong_dimension.append(collection)
             continue
-        _verify_namespace(cache, name, report, deep=deep, repair=repair)
+        _verify_namespace(cache, name, report, deep=deep, repair=repair, rest=rest)
     if repair:
         for collection in report.wrong_dimension:
             cache.backend.drop(collection)
@@ -224,9 +225,12 @@ def verify(
     return report
 
 
-def _verify_namespace(cache: ImageCache, namespace: str, report: VerifyReport, *, deep: bool, repair: bool) -> None:
+def _verify_namespace(
+    cache: ImageCache, namespace: str, report: VerifyReport, *, deep: bool, repair: bool, rest: Callable[[], None]
+) -> None:
     bad: list[str] = []
     for point in cache.backend.scroll(cache.name(namespace), with_vectors=True):
+        rest()
         report.checked += 1
         try:
             entry = entry_of(point.id, point.payload)

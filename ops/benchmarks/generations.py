@@ -1,9 +1,9 @@
 """Quality against generation depth on `scenes`: what ``cache.max_depth`` should be.
 
-    python -m ops.benchmarks.generations --out FILE.json [--chains 100] [--work DIR]
+    python -m ops.benchmarks.generations --out FILE.json [--chains 60] [--length 8] [--work DIR]
 
 Users' chains of one-attribute edits: the first prompt is drawn by the large model (depth 0), each next one refined from
-the image before it (depth 1, 2, 3, 4), as the ladder says. Beside each stands the same prompt refined from the large
+the image before it (depth 1, 2, 3, ...), as the ladder says. Beside each stands the same prompt refined from the large
 model's own image of the prompt before (depth 1 always): the difference is what depth alone costs. Pictures are kept in the
 work folder of `ops.scenes`, so that a run that was interrupted goes on.
 """
@@ -23,30 +23,31 @@ from ops.scenes.classifier import attribute_accuracy
 from ops.scenes.embed import embed_images, embed_texts
 from ops.scenes.export import LARGE, SMALL
 from ops.scenes.generate import Job, draw_all
-from ops.scenes.holdout import CHAIN_LENGTH, read_eval_prompts
+from ops.scenes.holdout import chains
 from ops.scenes.loop import work_folder
 from orchestrator.report.machine import describe
 
 #: A depth is allowed while its quality stays at this share of what depth 1 gives for the same prompts.
 KEPT = 0.99
+SEED = 505
 
 
-def measure(n_chains: int, work: Path, processes: int) -> list[dict[str, Any]]:
+def measure(n_chains: int, length: int, work: Path, processes: int) -> list[dict[str, Any]]:
     """One row a depth, over the chains that were hits all the way down."""
-    prompts = [p for p in read_eval_prompts() if p.chain >= 0][: n_chains * CHAIN_LENGTH]
+    prompts = chains(SEED, n_chains, length)
     folder, rungs = work / "pictures", read_ladder()
     scenes, texts = [p.scene for p in prompts], embed_texts([p.text for p in prompts])
     large_jobs = [Job(LARGE, p.text, p.seed) for p in prompts]
     large = draw_all(large_jobs, folder, processes=processes, label="generations large")
     large_vectors = embed_images(large)
     large_right = attribute_accuracy(large, scenes)["mean"]
-    firsts = list(range(0, len(prompts), CHAIN_LENGTH))
+    firsts = list(range(0, len(prompts), length))
     #: By chain: where its last image lies, and its vector.
     alive = {i: (str(large_jobs[i].path(folder)), large_vectors[i]) for i in firsts}
     rows: list[dict[str, Any]] = [
         _row(0, large_right[firsts], large_right[firsts], (texts * large_vectors).sum(1)[firsts])
     ]
-    for depth in range(1, CHAIN_LENGTH):
+    for depth in range(1, length):
         chained: dict[int, Job] = {}
         fresh: dict[int, Job] = {}
         for first, (path, vector) in alive.items():
@@ -103,11 +104,14 @@ def _row(
 
 
 def deepest(rows: Sequence[dict[str, Any]], kept: float = KEPT) -> int:
-    """Deepest image that may be a source: one less than the first generation whose quality falls below ``kept``."""
+    """Deepest image that may be a source: one less than the last generation before the first whose quality is below
+    ``kept``, and so never more than was measured."""
+    kept_up = 0
     for row in rows:
         if row["of_fresh"] is not None and row["of_fresh"] < kept:
-            return max(0, int(row["depth"]) - 1)
-    return int(rows[-1]["depth"])
+            break
+        kept_up = int(row["depth"])
+    return max(0, kept_up - 1)
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -131,11 +135,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write the JSON file, print the table."""
     parser = argparse.ArgumentParser(prog="python -m ops.benchmarks.generations", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--chains", type=int, default=100)
+    parser.add_argument("--chains", type=int, default=60)
+    parser.add_argument("--length", type=int, default=8, help="prompts of a chain, one more than the deepest image")
     parser.add_argument("--work", type=Path, default=work_folder())
     parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args(argv)
-    rows = measure(given.chains, given.work, given.processes)
+    rows = measure(given.chains, given.length, given.work, given.processes)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(
         json.dumps({"schema_version": 1, "kept": KEPT, "deepest_source": deepest(rows), "machine": describe(),

@@ -40,16 +40,16 @@ def trained_scenes(seed: int = 11) -> frozenset[Scene]:
     return frozenset(sample_scene(rng) for _ in range(BANK_SIZE))
 
 
-def chains(seed: int, count: int) -> list[Prompt]:
-    """`count` chains of `CHAIN_LENGTH` prompts, scenes all different and none of them trained on."""
+def chains(seed: int, count: int, length: int = CHAIN_LENGTH) -> list[Prompt]:
+    """`count` chains of `length` prompts, scenes all different and none of them trained on."""
     rng = np.random.default_rng(seed)
     taken = set(trained_scenes())
     out: list[Prompt] = []
-    while len(out) < count * CHAIN_LENGTH:
+    while len(out) < count * length:
         scene = sample_scene(rng)
         members: list[Scene] = []
         tries = 0
-        while len(members) < CHAIN_LENGTH and tries < 200:
+        while len(members) < length and tries < 200:
             if scene not in taken and not scene.held_out:
                 members.append(scene)
                 taken.add(scene)
@@ -57,11 +57,10 @@ def chains(seed: int, count: int) -> list[Prompt]:
                 break
             scene = edit_scene(members[-1], rng)
             tries += 1
-        if len(members) == CHAIN_LENGTH:
-            number = len(out) // CHAIN_LENGTH
+        if len(members) == length:
+            number = len(out) // length
             out += [
-                Prompt(caption(s, rng), s, seed * 100_000 + number * CHAIN_LENGTH + i, number)
-                for i, s in enumerate(members)
+                Prompt(caption(s, rng), s, seed * 100_000 + number * length + i, number) for i, s in enumerate(members)
             ]
     return out
 

@@ -94,8 +94,9 @@ def test_the_depth_limit_is_where_quality_falls() -> None:
         {"depth": 1, "of_fresh": 1.0},
         {"depth": 2, "of_fresh": 0.995},
     ]
-    assert generations.deepest(rows) == 2
-    assert generations.deepest([*rows, {"depth": 3, "of_fresh": 0.97}, {"depth": 4, "of_fresh": 1.0}]) == 2
+    # A source of depth 1 makes an image of depth 2, the deepest that kept its quality.
+    assert generations.deepest(rows) == 1
+    assert generations.deepest([*rows, {"depth": 3, "of_fresh": 0.97}, {"depth": 4, "of_fresh": 1.0}]) == 1
 
 
 def test_diversity_table_shows_what_was_measured() -> None:

@@ -18,10 +18,12 @@ INDEXED: dict[str, Literal["integer", "keyword"]] = {
     "size": "keyword",
 }
 
-#: How many times the wanted number of points is taken by codes and scored again with the exact vectors. Set by recall@1
-#: on real MiniLM vectors (decision record 0010): int8 .973 at 1, .997 at 2, 1.0 at 4; binary .970 at 64, .993 at 128 and
-#: 256, 1.0 at 512.
-OVERSAMPLING: dict[str, float] = {"int8": 4.0, "binary": 512.0}
+#: How many points are taken by codes and scored again with the exact vectors to find the nearest one. Set by recall@1 on
+#: real MiniLM vectors (decision record 0010): int8 .973 at 1, .997 at 2, 1.0 at 4; binary .970 at 64, .993 at 128 and 256,
+#: 1.0 at 512.
+CANDIDATES: dict[Quantisation, int] = {"int8": 4, "binary": 512}
+#: Points looked at for each wanted one, at least.
+AT_LEAST = 4.0
 
 #: ``auto``: exact up to the first size, int8 up to the second, binary above (decision record 0010).
 EXACT_UP_TO, INT8_UP_TO = 2_000, 50_000
@@ -32,6 +34,13 @@ def codes_for(setting: Literal["auto", "none", "int8", "binary"], capacity: int)
     if setting != "auto":
         return setting
     return "none" if capacity <= EXACT_UP_TO else "int8" if capacity <= INT8_UP_TO else "binary"
+
+
+def oversampling(codes: Quantisation, limit: int) -> float:
+    """How many times ``limit`` is taken by codes. Not in proportion: who wants a dozen results wants the nearest
+    and something to choose from, and a dozen times 512 candidates would be most of a small collection.
+    """
+    return max(AT_LEAST, CANDIDATES[codes] / limit)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ import numpy as np
 from qdrant_client import QdrantClient, models
 
 from modm_tasks.errors import ConflictError, InvalidInputError, NotFoundError, UnavailableError
-from vector_store.backends.base import INDEXED, OVERSAMPLING, Filter, Point, Quantisation, Scored
+from vector_store.backends.base import INDEXED, Filter, Point, Quantisation, Scored, oversampling
 from vector_store.backends.lock import StoreLock
 from vector_store.embedder import Vector
 
@@ -105,7 +105,7 @@ class ClientBackend:
                 limit=limit,
                 query_filter=_to_filter(where),
                 with_payload=True,
-                search_params=self._search_params,
+                search_params=self._search_params(limit),
             ).points
         return [Scored(id=str(p.id), score=float(p.score), payload=p.payload or {}) for p in found]
 
@@ -190,11 +190,10 @@ class ClientBackend:
                     raise NotFoundError(f"no collection {collection}") from error
                 raise
 
-    @property
-    def _search_params(self) -> models.SearchParams | None:
+    def _search_params(self, limit: int) -> models.SearchParams | None:
         if self._quantisation == "none" or not self.shared:
             return None
-        codes = models.QuantizationSearchParams(rescore=True, oversampling=OVERSAMPLING[self._quantisation])
+        codes = models.QuantizationSearchParams(rescore=True, oversampling=oversampling(self._quantisation, limit))
         return models.SearchParams(quantization=codes)
 
 

@@ -20,19 +20,19 @@ import numpy as np
 import qdrant_edge as qe
 
 from modm_tasks.errors import ConflictError, InvalidInputError, NotFoundError, UnavailableError
-from vector_store.backends.base import INDEXED, OVERSAMPLING, Filter, Point, Quantisation, Scored
+from vector_store.backends.base import INDEXED, Filter, Point, Quantisation, Scored, oversampling
 from vector_store.backends.lock import StoreLock
 from vector_store.embedder import Vector
 
-#: Points of one upsert call: a call holds the GIL, so a bulk load must leave gaps for the serving threads.
-UPSERT_BATCH, SCROLL_BATCH = 64, 1000
+#: Points of one call: it holds the GIL, so a bulk load or a walk must leave gaps for the serving threads.
+UPSERT_BATCH, SCROLL_BATCH, SCROLL_BATCH_VECTORS = 64, 256, 64
 #: Segments smaller than this are never given codes: scanning them exactly takes a fraction of a millisecond.
 _CODES_FROM_KB = 4_000
 _CONFIG = "edge_config.json"
 
 
 class EdgeBackend:
-    """See `VectorBackend`. One lock around every call: the engine would serialise them by the GIL in any case."""
+    """See `VectorBackend`. One lock around every call but a search: the engine serialises them by the GIL in any case."""
 
     shared = False
 
@@ -64,7 +64,7 @@ class EdgeBackend:
             for key, kind in INDEXED.items():
                 schema = qe.PayloadSchemaType.Integer if kind == "integer" else qe.PayloadSchemaType.Keyword
                 shard.update(qe.UpdateOperation.create_field_index(key, schema))
-            self._shards[collection], self._dims[collection] = shard, dim
+            self._dims[collection], self._shards[collection] = dim, shard
 
     def dim(self, collection: str) -> int:
         with self._lock:
@@ -92,12 +92,18 @@ class EdgeBackend:
             query=qe.Query.Nearest(np.asarray(vector, dtype=np.float32).tolist()),
             filter=_to_filter(where),
             with_payload=True,
-            params=self._search_params,
+            params=self._search_params(limit),
         )
-        with self._lock:
-            shard = self._shard(collection)
-            self._check_dim(collection, len(vector))
+        shard = self._shards.get(collection) or self._shard(collection)
+        self._check_dim(collection, len(vector))
+        try:
+            # Without the lock: the GIL serialises it, and a lock that is free for microseconds between two searches
+            # would keep an insert waiting for many of them.
             found = shard.query(request)
+        except Exception as error:  # the engine raises bare Exception
+            if self._shards.get(collection) is shard:
+                raise UnavailableError(f"the vector store refused a search: {error}") from error
+            return self.search(collection, vector, limit=limit, where=where)  # dropped, or made anew, meanwhile
         return [Scored(id=str(p.id), score=float(p.score), payload=p.payload or {}) for p in found]
 
     def get(self, collection: str, ids: Sequence[str], *, with_vectors: bool = False) -> list[Point]:
@@ -109,7 +115,7 @@ class EdgeBackend:
         self, collection: str, *, where: Filter | None = None, with_vectors: bool = False, only: Sequence[str] = ()
     ) -> Iterator[Point]:
         payload: Any = qe.PayloadSelector.Include([*only]) if only else True
-        batch = SCROLL_BATCH // 4 if with_vectors else SCROLL_BATCH
+        batch = SCROLL_BATCH_VECTORS if with_vectors else SCROLL_BATCH
         offset: Any = None
         while True:
             request = qe.ScrollRequest(
@@ -158,6 +164,10 @@ class EdgeBackend:
             self._holder.release()
 
     def _shard(self, collection: str) -> qe.EdgeShard:
+        with self._lock:
+            return self._opened(collection)
+
+    def _opened(self, collection: str) -> qe.EdgeShard:
         shard = self._shards.get(collection)
         if shard is None:
             path = self._folder / collection
@@ -168,7 +178,7 @@ class EdgeBackend:
                 shard = qe.EdgeShard.load(str(path), self._config(dim))
             except Exception as error:  # the engine raises bare Exception
                 raise UnavailableError(f"collection {collection} cannot be opened: {error}") from error
-            self._shards[collection], self._dims[collection] = shard, dim
+            self._dims[collection], self._shards[collection] = dim, shard  # in this order: a search takes no lock
         return shard
 
     def _update(self, collection: str, operation: qe.UpdateOperation) -> None:
@@ -182,10 +192,8 @@ class EdgeBackend:
                 raise UnavailableError(f"the vector store refused a write: {error}") from error
 
     def _check_dim(self, collection: str, dim: int) -> None:
-        if dim != self._dims[collection]:
-            raise InvalidInputError(
-                f"vector has {dim} dimensions; collection {collection} has {self._dims[collection]}", field="vector"
-            )
+        if (own := self._dims.get(collection, dim)) != dim:
+            raise InvalidInputError(f"vector has {dim} dimensions; collection {collection} has {own}", field="vector")
 
     def _config(self, dim: int) -> qe.EdgeConfig:
         codes: Any = {
@@ -200,11 +208,10 @@ class EdgeBackend:
             optimizers=qe.EdgeOptimizersConfig(default_segment_number=1, indexing_threshold=_CODES_FROM_KB),
         )
 
-    @property
-    def _search_params(self) -> qe.SearchParams | None:
+    def _search_params(self, limit: int) -> qe.SearchParams | None:
         if self._quantisation == "none":
             return None
-        codes = qe.QuantizationSearchParams(rescore=True, oversampling=OVERSAMPLING[self._quantisation])
+        codes = qe.QuantizationSearchParams(rescore=True, oversampling=oversampling(self._quantisation, limit))
         return qe.SearchParams(quantization=codes)
 
 
