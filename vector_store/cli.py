@@ -80,6 +80,8 @@ def search(
     from vector_store.folder import SUFFIXES
 
     path = Path(query) if len(query) < 1000 and Path(query).suffix.lower() in SUFFIXES else None
+    if path is not None and not path.is_file():
+        raise InvalidInputError(f"there is no image {query}", field="query")
     with _client() as client:
         if path is not None:
             form = {"namespace": namespace, "limit": limit}

@@ -82,8 +82,12 @@ def simulation(rows: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
+#: Characters of a full progress bar.
+BAR = 24
+
+
 class ProgressLine:
-    """One line on stderr that is written over; nothing where stderr is not a terminal, but for the end."""
+    """A bar on stderr that is written over; nothing where stderr is not a terminal, but for the end without its bar."""
 
     def __init__(self, what: str) -> None:
         self._what, self._began = what, time.monotonic()
@@ -92,18 +96,20 @@ class ProgressLine:
 
     def __call__(self, progress: Progress) -> None:
         left = "" if progress.left_s is None else f", {_clock(progress.left_s)} left"
-        self._write(f"{self._what} {progress.done}/{progress.total}, {progress.per_s:.1f}/s{left}")
+        text = f"{self._what} {progress.done}/{progress.total}, {progress.per_s:.1f}/s{left}"
+        self._write(text, progress.done, progress.total)
 
     def show(self, done: int, total: int) -> None:
         """Progress from plain counts."""
         per_s = done / max(1e-9, time.monotonic() - self._began)
         left = f", {_clock((total - done) / per_s)} left" if per_s > 0 else ""
-        self._write(f"{self._what} {done}/{total}, {per_s:.1f}/s{left}")
+        self._write(f"{self._what} {done}/{total}, {per_s:.1f}/s{left}", done, total)
 
-    def _write(self, text: str) -> None:
+    def _write(self, text: str, done: int, total: int) -> None:
         self._last = text
         if self._live:
-            sys.stderr.write(f"\r\x1b[K{text}")
+            filled = BAR * done // max(1, total)
+            sys.stderr.write(f"\r\x1b[K[{'#' * filled}{'.' * (BAR - filled)}] {text}")
             sys.stderr.flush()
 
     def end(self) -> None:

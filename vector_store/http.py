@@ -304,7 +304,8 @@ def _tending(
     @router.post("/purge")
     def purge(body: PurgeBody) -> dict[str, Any]:
         """Delete an image, a client's or a prompt's images, and everything refined from them."""
-        gone = admin.purge(get_cache(), body.namespace, image=body.image, client=body.client, prompt=body.prompt)
+        image = None if body.image is None else _uuid(body.image)
+        gone = admin.purge(get_cache(), body.namespace, image=image, client=body.client, prompt=body.prompt)
         if on_purge is not None and gone:
             on_purge(gone)
         return {"purged": len(gone), "ids": gone}

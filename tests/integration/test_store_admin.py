@@ -1,19 +1,13 @@
-"""Administration over HTTP and the CLI, against a served router on both backends; import, snapshot, reindex, purge."""
+"""Administration over HTTP and the CLI, against a served router on both backends: import, search, verify, evict, purge."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import signal
-import subprocess
-import sys
-import tarfile
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -21,38 +15,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from modm_tasks.client import Client
-from modm_tasks.errors import ConflictError, InvalidInputError, ModmError, NotFoundError
-from modm_tasks.image_store import ImageStore, path_for
-from modm_tasks.settings import CacheSettings, Settings
-from tests.support.cache import Served
-from vector_store import admin, archive
-from vector_store.backends import open_backend
+from modm_tasks.errors import InvalidInputError, ModmError, NotFoundError
+from modm_tasks.image_store import path_for
+from tests.support.cache import Served, make_cache, make_folder, png, put, uid
+from vector_store import admin
 from vector_store.cache import ImageCache
 from vector_store.cli import cache_app, parse_age_s
-from vector_store.embedder import HashEmbedder, Vector
-from vector_store.entries import ImageEntry
-from vector_store.importer import import_folder
-from vector_store.reindex import Reindexer
-
-EMBEDDER = HashEmbedder()
-
-
-class OtherEmbedder(HashEmbedder):
-    """Another space: the same vectors turned around, under another name."""
-
-    identity = "fake-other"
-
-    def embed_images(self, images: Any) -> Vector:
-        return -super().embed_images(images)
-
-
-def uid(n: int) -> str:
-    return str(uuid.UUID(int=n + 1))
-
-
-def make_cache(home: Path, url: str = "edge:", identity: str = EMBEDDER.identity, **cache: Any) -> ImageCache:
-    settings = Settings(home=home, qdrant_url=url, cache=CacheSettings(**cache))
-    return ImageCache(open_backend(settings), identity, EMBEDDER.dim, settings, ImageStore(settings.image_root))
 
 
 @pytest.fixture(params=["edge:", "memory:"])
@@ -67,31 +35,6 @@ def served(cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve
     made = Served(cache, monkeypatch)
     yield made
     made.stop()
-
-
-def png(prompt: str, colour: int = 0) -> bytes:
-    from modm_tasks.image_store import to_png
-
-    image = Image.new("RGB", (16, 16), (colour % 256, 80, 80))
-    image.info["modm:prompt"] = prompt
-    return to_png(image)
-
-
-def put(cache: ImageCache, n: int, prompt: str = "", **fields: Any) -> ImageEntry:
-    prompt = prompt or f"picture number{n}"
-    uri = cache.images.write_atomic(path_for(uid(n), 1), png(prompt, n))
-    values: dict[str, Any] = {"depth": 0, "created_s": 100.0 + n} | fields
-    entry = ImageEntry(id=uid(n), prompt=prompt, model="large", seed=n, size="16x16", uri=uri, **values)
-    return cache.add(entry, EMBEDDER.embed_texts([prompt])[0])
-
-
-def make_folder(folder: Path, n: int) -> Path:
-    folder.mkdir(parents=True)
-    for i in range(n):
-        (folder / f"{i:04}.png").write_bytes(png(f"picture number{i}", i))
-    rows = [json.dumps({"file": f"{i:04}.png", "prompt": f"picture number{i}", "seed": i}) for i in range(n)]
-    (folder / "captions.jsonl").write_text("\n".join(rows))
-    return folder
 
 
 def test_import_search_list_stats(served: Served, tmp_path: Path) -> None:
@@ -118,6 +61,7 @@ def test_import_search_list_stats(served: Served, tmp_path: Path) -> None:
         assert served.modm("search", "picture <b>number7", "--sheet", sheet).exit_code == 0
         assert sheet.read_bytes().startswith(start)
     assert b"<b>" not in (tmp_path / "sheet.html").read_bytes()
+    assert served.modm("search", tmp_path / "none.png").exit_code == 2
 
     listed = served.modm("list", "--limit", "5", "--json")
     assert [json.loads(line)["seq"] for line in listed.stdout.splitlines()] == [40, 39, 38, 37, 36]
@@ -127,93 +71,6 @@ def test_import_search_list_stats(served: Served, tmp_path: Path) -> None:
     assert stats["namespaces"]["default"]["hits_by_k"] == {"30": 1}
     assert stats["hit_age_s"]["p50"] >= 0
     assert "default: 40 images, 1 hits (k=30: 1)" in served.modm("stats").stdout
-
-
-def test_export_can_be_imported_elsewhere(served: Served, tmp_path: Path) -> None:
-    for n in range(3):
-        put(served.cache, n, f"a prompt, №{n}")
-    assert served.modm("export", tmp_path / "out").stdout.startswith("exported 3 images")
-    rows = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
-    assert [(r["prompt"], r["seed"]) for r in rows] == [(f"a prompt, №{n}", n) for n in range(3)]
-    taken = served.modm("import", tmp_path / "out", "--namespace", "copy")
-    assert taken.stdout.startswith("imported 3")
-    assert {e.prompt for e in served.cache.iterate("copy")} == {r["prompt"] for r in rows}
-    assert served.modm("export", tmp_path / "out").exit_code == 2
-
-
-def test_snapshot_destroy_restore_verify(served: Served, tmp_path: Path) -> None:
-    for n in range(20):
-        put(served.cache, n)
-    served.cache.touch(uid(3), "default", 150.0, 25)
-    before = sorted(served.cache.iterate(), key=lambda e: e.seq)
-    file = tmp_path / "cache.tar"
-    assert "checksums good" in served.modm("snapshot", file).stdout
-    assert served.modm("clear").exit_code == 2
-    assert served.modm("clear", "--yes").stdout == "cleared 20\n"
-    assert list(served.cache.images.list()) == []
-    assert served.modm("restore", file).stdout == "restored 20 images of namespace default\n"
-    assert sorted(served.cache.iterate(), key=lambda e: e.seq) == before
-    assert served.modm("verify", "--deep").exit_code == 0
-    assert served.cache.search(EMBEDDER.embed_texts(["picture number3"])[0])[0].entry.id == uid(3)
-    assert put(served.cache, 50).seq == 21
-
-
-def rewrite(source: Path, target: Path, change: dict[str, bytes | None], extra: dict[str, bytes] | None = None) -> None:
-    """The same tar with some members changed, dropped or added."""
-    with tarfile.open(source) as old, tarfile.open(target, "w") as new:
-        for member in old:
-            data = old.extractfile(member).read()  # type: ignore[union-attr]
-            data = change.get(member.name, data) if member.name in change else data
-            if data is None:
-                continue
-            member.size = len(data)
-            new.addfile(member, io.BytesIO(data))
-        for name, data in (extra or {}).items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            new.addfile(info, io.BytesIO(data))
-
-
-def test_a_broken_snapshot_changes_nothing(cache: ImageCache, tmp_path: Path) -> None:
-    for n in range(3):
-        put(cache, n)
-    good, bad = tmp_path / "good.tar", tmp_path / "bad.tar"
-    good.write_bytes(b"".join(archive.snapshot_stream(cache)))
-    image = "images/" + path_for(uid(1), 1)
-    cases: list[dict[str, Any]] = [
-        {"change": {image: b"other bytes"}},
-        {"change": {image: None}},
-        {"change": {"SHA256SUMS": None}},
-        {"change": {"SHA256SUMS": None}, "extra": {"../evil": b"x"}},
-        {"change": {}, "extra": {"late": b"x"}},
-    ]
-    for case in cases:
-        rewrite(good, bad, **case)
-        with pytest.raises(InvalidInputError, match="snapshot"):
-            archive.restore(cache, bad, replace=True)
-    for cut in (0, 100, 1500, good.stat().st_size // 2):
-        bad.write_bytes(good.read_bytes()[:cut])
-        with pytest.raises(InvalidInputError, match="snapshot"):
-            archive.restore(cache, bad, replace=True)
-    with tarfile.open(bad, "w") as tar:
-        link = tarfile.TarInfo(image)
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
-    with pytest.raises(InvalidInputError, match="regular file"):
-        archive.restore(cache, bad)
-    with pytest.raises(NotFoundError):
-        archive.restore(cache, tmp_path / "none.tar")
-    assert cache.count() == 3
-    assert not (tmp_path / "evil").exists()
-
-
-def test_a_snapshot_of_another_embedder_is_refused(cache: ImageCache, tmp_path: Path) -> None:
-    put(cache, 1)
-    file = tmp_path / "a.tar"
-    file.write_bytes(b"".join(archive.snapshot_stream(cache)))
-    other = ImageCache(cache.backend, "fake-other", cache.dim, cache.settings, cache.images)
-    with pytest.raises(ConflictError, match="reindex"):
-        archive.restore(other, file)
 
 
 def test_verify_finds_and_mends(served: Served) -> None:
@@ -291,75 +148,8 @@ def test_purge_reaches_everything_refined_from_it(served: Served) -> None:
     assert served.modm("purge", "--client", "ann").stdout == "purged 1\n"
     assert {e.id for e in cache.iterate()} == {uid(7)}
     assert served.modm("purge").exit_code == 2
+    assert served.modm("purge", "--image", "0000").exit_code == 2
     assert served.modm("purge", "--client", "a", "--prompt", "b").exit_code == 2
-
-
-def test_reindex_switches_at_the_end_and_goes_on_after_a_stop(cache: ImageCache) -> None:
-    for n in range(10):
-        put(cache, n)
-    cache.images.delete(path_for(uid(4), 1))
-    other = OtherEmbedder()
-    new = ImageCache(cache.backend, other.identity, cache.dim, cache.settings, cache.images)
-    first = Reindexer(new, other).step("default", batch=4)
-    assert (first.total, first.done, first.finished) == (10, 4, False)
-    assert new.count() == 0
-    fresh = put(new, 50)
-    assert fresh.seq == 1
-    states = list(Reindexer(new, other).run("default"))
-    assert states[-1].finished
-    assert (states[-1].done, states[-1].unreadable) == (9, 1)
-    assert {e.id for e in new.iterate()} == {uid(n) for n in range(10) if n != 4} | {uid(50)}
-    newest = sorted(new.iterate(), key=lambda e: e.seq)
-    assert [e.id for e in newest[-2:]] == [uid(9), uid(50)]
-    vector = new.vector_of(uid(3))
-    assert vector is not None
-    assert vector @ EMBEDDER.embed_texts(["picture number3"])[0] == pytest.approx(-1, abs=1e-5)
-    assert cache.namespaces() == []
-    assert [c for c in cache.backend.collections() if c.startswith("build_")] == []
-    assert Reindexer(new, other).namespaces() == []
-
-
-def test_reindex_by_command(served: Served) -> None:
-    old = ImageCache(served.cache.backend, "fake-old", EMBEDDER.dim, served.cache.settings, served.cache.images)
-    for n in range(5):
-        put(old, n)
-    assert "of another embedder: images_fake-old_default" in served.modm("stats").stdout
-    assert served.modm("reindex", "--keep-old").stdout == "default: 5 images embedded, 0 unreadable\n"
-    assert served.cache.count() == 5
-    assert old.count() == 5
-    assert served.modm("reindex").exit_code == 0
-    assert old.count() == 0
-    assert served.modm("reindex").stdout.startswith("nothing to do")
-
-
-@pytest.mark.timeout(600)  # every image is synced to disk, so a busy disk decides the time
-def test_an_import_killed_half_way_is_resumed(tmp_path: Path) -> None:
-    folder, home = make_folder(tmp_path / "in", 2000), tmp_path / "home"
-    code = (
-        "import sys; from pathlib import Path; from modm_tasks.image_store import ImageStore;"
-        "from modm_tasks.settings import Settings; from vector_store.backends import open_backend;"
-        "from vector_store.cache import ImageCache; from vector_store.embedder import HashEmbedder;"
-        "from vector_store.importer import import_folder\n"
-        "s = Settings(home=Path(sys.argv[1])); e = HashEmbedder();"
-        "c = ImageCache(open_backend(s), e.identity, e.dim, s, ImageStore(s.image_root))\n"
-        "import_folder(c, e, Path(sys.argv[2]), progress=lambda p: print(p.done, flush=True))"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, str(home), str(folder)], stdout=subprocess.PIPE) as run:
-        assert run.stdout is not None
-        while int(run.stdout.readline()) < 300:
-            pass
-        run.send_signal(signal.SIGKILL)
-        run.wait(timeout=10)
-    cache = make_cache(home)
-    before = cache.count()
-    assert 300 <= before < 2000
-    report = import_folder(cache, EMBEDDER, folder)
-    assert report.problems == []
-    assert (report.skipped, report.imported) == (before, 2000 - before)
-    assert cache.count() == 2000
-    assert {e.prompt for e in cache.iterate()} == {f"picture number{n}" for n in range(2000)}
-    assert admin.verify(cache, now_s=time.time() + 10 * 86_400).clean
-    cache.close()
 
 
 def test_hostile_uploads_are_refused_one_by_one(served: Served) -> None:
