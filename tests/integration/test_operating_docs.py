@@ -30,6 +30,7 @@ pytestmark = pytest.mark.slow
 
 PAGE = Path(__file__).parents[2] / "docs" / "operating.md"
 BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
+FILE = re.compile(r"```\w+ file=(\S+)\n(.*?)```", re.DOTALL)
 UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 HOST = "gpu0@host"
 #: What differs from run to run, as the page has it, and what may stand there.
@@ -44,6 +45,9 @@ VARIES = (
     (r"│ [\d.]* +│ \d+ +│", r"│ [\d.]* +│ \d+ +│"),  # latency and age
     (r"\d+\.\d (?=arrivals|images|s of)", r"\d+\.\d "),
     (r"\d+\.\d\d s", r"\d+\.\d\d s"),
+    (r"\d+\.\d/min", r"\d+\.\d/min"),
+    (r"│ \d+\.\d+(?: / \d+\.\d+)*\n", r"│ \d+\.\d+(?: / \d+\.\d+)*\n"),
+    (r"│ [\d.]+ % / [\d.]+ %", r"│ (?:-|[\d.]+ %) / (?:-|[\d.]+ %)"),
     # Whether the first image was in time depends on whether the large model's time was known when it ended.
     (r"SLO +[\d.]+ %", r"SLO +(?:-|[\d.]+ %)"),
     (r"\n\.\.\.\n", r"\n(?:.*\n)*?"),
@@ -95,7 +99,10 @@ def test_every_example_prints_what_the_page_says(one_worker: TestStack, tmp_path
     known: dict[str, str] = {}
     host = f"gpu0@{socket.gethostname()}"
     ran = 0
-    for block in BLOCK.findall(PAGE.read_text("utf-8")):
+    page = PAGE.read_text("utf-8")
+    for name, text in FILE.findall(page):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    for block in BLOCK.findall(page):
         for example in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             command, shown = example.split("\n", 1)
             ran += 1
