@@ -58,7 +58,7 @@ class CacheSettings(Section):
     admission: Literal["all", "large-only"] = Field("all", description="Which finished images enter the cache.")
     eviction: Literal["fifo", "lru", "utility"] = Field("fifo", description="Which images leave when it is full.")
     scope: Literal["shared", "per-client"] = Field("shared", description="Whether clients share images.")
-    max_depth: int = Field(4, ge=0, description="Deepest refinement generation that may serve as a source.")
+    max_depth: int = Field(6, ge=0, description="Deepest refinement generation that may serve as a source.")
     quantisation: Literal["auto", "none", "int8", "binary"] = Field(
         "auto", description="Codes used before exact rescoring; auto chooses by the capacity."
     )

@@ -121,10 +121,10 @@ def measure(*, cached: int, rate_per_s: float, seconds: float, policy: str) -> d
         url = f"http://127.0.0.1:{(port := free_port())}"
         environ = {k: v for k, v in os.environ.items() if not k.startswith("MODM_")} | {
             "MODM_HOME": str(home), "MODM_REDIS_URL": redis.url, "MODM_EMBEDDER": "fake", "MODM_API__PORT": str(port),
-            "MODM_CACHE__CAPACITY": str(10 * cached), "MODM_SLO__MAX_OPEN_REQUESTS": "1000000", "MODM_LOG_LEVEL": "WARNING",
+            "MODM_CACHE__CAPACITY": str(cached), "MODM_SLO__MAX_OPEN_REQUESTS": "1000000", "MODM_LOG_LEVEL": "WARNING",
             "MODM_ROUTING__POLICY": policy,
         }  # fmt: skip
-        settings = load_settings(home=home, redis_url=redis.url, cache={"capacity": 10 * cached})
+        settings = load_settings(home=home, redis_url=redis.url, cache={"capacity": cached})
         fill_cache(settings, cached)
         front = subprocess.Popen([sys.executable, "-m", "orchestrator.cli", "orchestrator"], env=environ)
         try:

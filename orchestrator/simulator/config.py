@@ -65,7 +65,7 @@ class SimConfig:
     wait_bound_s: float = 600.0
     wait_bound_from_turn: bool = True
     wait_depth: int = 8
-    max_depth: int = 4
+    max_depth: int = 6
     repeat_max_k: int = 25
     verify_share: float = 0.05
     escalation_rate: float = 0.1
