@@ -54,7 +54,7 @@ def check_command(command: object, words: list[str], where: str) -> None:
             break
         assert words[0] in commands, f"{where}: no command {words[0]!r}"
         command = commands[words.pop(0)]
-    known = {option for p in getattr(command, "params", []) for option in p.opts} | {"--help"}
+    known = {option for p in getattr(command, "params", []) for option in (*p.opts, *p.secondary_opts)} | {"--help"}
     for word in words:
         if re.match(r"--[a-z]", word):
             assert word.split("=")[0] in known, f"{where}: no option {word}"
