@@ -14,6 +14,7 @@ from concurrent.futures import Future, InvalidStateError
 
 from modm_tasks.errors import ModmError, UnavailableError
 from modm_tasks.messages import RequestRecord, SubmitRequest
+from orchestrator.gather import gather
 
 #: Most requests of one round trip: small, so that the first is answered soon.
 BATCH = 32
@@ -48,17 +49,7 @@ class Acceptor:
         return future
 
     def _run(self) -> None:
-        while (first := self._inbox.get()) is not None:
-            batch = [first]
-            while len(batch) < BATCH:
-                try:
-                    more = self._inbox.get_nowait()
-                except queue.Empty:
-                    break
-                if more is None:
-                    self._inbox.put(None)
-                    break
-                batch.append(more)
+        while (batch := gather(self._inbox, BATCH)) is not None:
             self._accept([(r, f) for r, f in batch if f.set_running_or_notify_cancel()])
         with contextlib.suppress(queue.Empty):
             while True:

@@ -16,6 +16,7 @@ import numpy as np
 from modm_tasks.errors import InvalidInputError, ModmError, UnavailableError
 from modm_tasks.ledger import Ledger
 from modm_tasks.messages import Decision, RequestRecord, Route, State
+from orchestrator.gather import gather
 from orchestrator.open_requests import OpenRequest, OpenRequests, Vector
 from orchestrator.router import Router
 from orchestrator.tokens import Tokens
@@ -84,7 +85,7 @@ class Pipeline:
                     self.remember(record, vector)
 
     def _run(self) -> None:
-        while (batch := self._next_batch()) is not None:
+        while (batch := gather(self._inbox, BATCH)) is not None:
             try:
                 self.route_batch(batch)
                 self.last_error = None
@@ -96,22 +97,6 @@ class Pipeline:
             finally:
                 with self._lock:
                     self._pending.difference_update(r if isinstance(r, str) else r.id for r in batch)
-
-    def _next_batch(self) -> list[str | RequestRecord] | None:
-        first = self._inbox.get()
-        if first is None:
-            return None
-        batch = [first]
-        while len(batch) < BATCH:
-            try:
-                more = self._inbox.get_nowait()
-            except queue.Empty:
-                break
-            if more is None:
-                self._inbox.put(None)
-                break
-            batch.append(more)
-        return batch
 
     def route_batch(self, batch: Sequence[str | RequestRecord]) -> None:
         """Embed these accepted requests as one batch and queue each. Those that have moved on are left alone."""
