@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import queue
-from typing import TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 
-def gather(inbox: queue.SimpleQueue[T | None], limit: int) -> list[T] | None:
+def gather(inbox: queue.SimpleQueue[Any], limit: int) -> list[Any] | None:
     """Wait for one item and take with it what lies there, at most ``limit``. None: the end was put in."""
     first = inbox.get()
     if first is None:
