@@ -232,7 +232,10 @@ class Admission:
     def _rebind(self, record: RequestRecord, entry: ImageEntry, image_vector: Vector) -> None:
         """Late binding: queued misses that the new image turns into hits change their queue."""
         for candidate, text_vector, similarity in self.router.late_candidates(record, image_vector):
-            queued = self.ledger.get(candidate.id)
+            try:
+                queued = self.ledger.get(candidate.id)
+            except NotFoundError:
+                continue
             if queued.state is not State.QUEUED or queued.decision is None:
                 continue
             decision = self.router.rebind(queued, text_vector, entry, similarity)
