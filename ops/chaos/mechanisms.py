@@ -102,21 +102,15 @@ def escalations(log: Log) -> int:
 
 
 def chain_depths(logs: Mapping[str, Log]) -> dict[str, int]:
-    """Of each request that waited: 1 where its source did not wait at that time, 2 where that one's did not, and so on."""
+    """Of each request that waited, as it began to: 1 where its source did not wait then, 2 where that one's did not, ..."""
     waits = {i: span for i, log in logs.items() if (span := _wait(log)) is not None}
     depths: dict[str, int] = {}
-
-    def depth(request_id: str) -> int:
-        if request_id not in depths:
-            began, _, source = waits[request_id]
-            theirs = waits.get(source)
-            depths[request_id] = 1  # earlier requests only, so this ends; a broken ledger must not loop
-            if theirs is not None and theirs[0] <= began < theirs[1]:
-                depths[request_id] = 1 + depth(source)
-        return depths[request_id]
-
-    for request_id in waits:
-        depth(request_id)
+    for request_id, (began, _, source) in waits.items():
+        links = [request_id]
+        while source not in links and (theirs := waits.get(source)) is not None and theirs[0] <= began < theirs[1]:
+            links.append(source)
+            source = theirs[2]
+        depths[request_id] = len(links)
     return depths
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from modm_tasks.messages import Completion, Decision, RequestRecord, Route, State, SubmitRequest
-from ops.chaos.mechanisms import Exercised, Limits, exercised, overtakers
+from ops.chaos.mechanisms import Exercised, Limits, chain_depths, exercised, overtakers
 from ops.chaos.rig import rig_environ
 from ops.chaos.schedule import FAULTS, plan, share
 from ops.chaos.traffic import REPEATED, TURN, body, paraphrase
@@ -144,6 +144,14 @@ def test_what_took_part_is_read_from_the_transitions() -> None:
         "drawn_again": 1, "answered_with_the_fallback": 1, "refined_from_the_depth_limit": 1,
     }  # fmt: skip
     assert set(found.never) == set(Exercised.model_fields) - set(found.model_dump(exclude_defaults=True))
+
+
+def test_a_chain_is_as_long_as_it_is_when_the_last_one_joins() -> None:
+    first = [(1.0, "waiting", "on id-0"), (3.0, "queued", "after waiting")]
+    second = [(2.0, "waiting", "on id-1"), (9.0, "queued", "after waiting")]
+    early, late = ([(at, "waiting", "on id-2"), (10.0, "queued", "after waiting")] for at in (2.5, 5.0))
+    logs = {"id-1": first, "id-2": second, "early": early, "late": late}
+    assert chain_depths(logs) == {"id-1": 1, "id-2": 2, "early": 3, "late": 2}
 
 
 def test_one_in_a_hurry_overtakes_in_its_own_queue_only() -> None:
