@@ -35,7 +35,9 @@ def inspect(
     slice_name: Slice = None,
     skip_bad_rows: Skip = False,
     embeddings: Annotated[Path | None, typer.Option(help=".npy of unit text vectors, row for row.")] = None,
-    embedder: Annotated[str | None, typer.Option(help="Embed the prompts with this instead.")] = None,
+    embedder: Annotated[
+        str | None, typer.Option(help="Embed the prompts with this instead: a name, or a text model's folder.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG of the rate over time.")] = None,
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:

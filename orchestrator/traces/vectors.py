@@ -16,7 +16,10 @@ BATCH = 64
 def text_vectors(
     prompts: Sequence[str], *, embeddings: Path | None, embedder: str | None, start: int = 0
 ) -> NDArray[np.float32] | None:
-    """float32 [n, dim] of unit length; None where neither source is named. Raises InvalidInputError."""
+    """float32 [n, dim] of unit length; None where neither source is named. Raises InvalidInputError.
+
+    ``embedder`` is a name that the service knows, or the folder of a text model of sentence-transformers' form.
+    """
     if embeddings is not None:
         try:
             matrix = np.load(embeddings, mmap_mode="r", allow_pickle=False)
@@ -30,6 +33,10 @@ def text_vectors(
         return np.asarray(matrix[start : start + len(prompts)], dtype=np.float32)
     if embedder is None:
         return None
+    if Path(embedder).is_dir():
+        from vector_store.sentence_embedder import SentenceEmbedder
+
+        return SentenceEmbedder(Path(embedder)).embed_texts(prompts)
     from vector_store.embedder import load_embedder
 
     model = load_embedder(embedder)

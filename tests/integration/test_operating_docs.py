@@ -59,7 +59,8 @@ TOKEN = re.compile("|".join(f"(?P<v{i}>{found})" for i, (found, _) in enumerate(
 
 def pattern(shown: str, known: dict[str, str]) -> tuple[re.Pattern[str], list[str]]:
     """(what output fits, ids of the page that it captures in order)."""
-    out, at, new = "", 0, []
+    out, at = "", 0
+    new: list[str] = []
     for token in TOKEN.finditer(shown):
         out += re.escape(shown[at : token.start()])
         at = token.end()

@@ -48,7 +48,7 @@ RECORDS = [record(0, 10), record(0, 30, k=25, gpu_s=2), record(10, 60, k=10, gpu
 
 
 def report(**more: Any) -> dict[str, Any]:
-    given = {"policy": "modm", "machine": {"cpu": "c"}, "settings": {"a": 1}, "refused": 1} | more
+    given: dict[str, Any] = {"policy": "modm", "machine": {"cpu": "c"}, "settings": {"a": 1}, "refused": 1} | more
     return build_report(RECORDS, **given)
 
 
