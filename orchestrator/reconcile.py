@@ -7,10 +7,11 @@ cache. It does not decode images (``--deep`` does): an unreadable source is foun
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from typing import TYPE_CHECKING
 
-from modm_tasks.errors import ModmError
+from modm_tasks.errors import ModmError, UnavailableError
 from modm_tasks.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -29,15 +30,18 @@ WORK_S, REST = 0.005, 9.0
 
 
 class Pace:
-    """Called often; pauses the caller so that it is at work a tenth of the time."""
+    """Called often; pauses the caller so that it is at work a tenth of the time. Raises UnavailableError once ``end`` is
+    set: a walk that takes minutes must not hold up a stop."""
 
-    def __init__(self) -> None:
+    def __init__(self, end: threading.Event) -> None:
+        self._end = end
         self._since = time.monotonic()
 
     def __call__(self) -> None:
         worked_s = time.monotonic() - self._since
         if worked_s >= WORK_S:
-            time.sleep(REST * worked_s)
+            if self._end.wait(REST * worked_s):
+                raise UnavailableError("the orchestrator is stopping")
             self._since = time.monotonic()
 
 
@@ -47,12 +51,14 @@ def is_safe(report: VerifyReport) -> bool:
     return not report.wrong_dimension and gone <= max(FEW, MOST_GONE * report.checked)
 
 
-def reconcile(cache: ImageCache, ledger: Ledger) -> VerifyReport | None:
-    """Look, and mend where that is safe. Returns what was mended or found; None where a part of it is away."""
+def reconcile(cache: ImageCache, ledger: Ledger, end: threading.Event) -> VerifyReport | None:
+    """Look, and mend where that is safe. Returns what was mended or found; None where a part of it is away, or ``end`` was
+    set: both walks may be broken off and begun again."""
     from vector_store.admin import verify
 
+    pace = Pace(end)
     try:
-        report = verify(cache, now_s=ledger.now_s(), referenced=ledger.known, rest=Pace())
+        report = verify(cache, now_s=ledger.now_s(), referenced=ledger.known, rest=pace)
         if report.clean:
             return report
         if not is_safe(report):
@@ -62,7 +68,7 @@ def reconcile(cache: ImageCache, ledger: Ledger) -> VerifyReport | None:
                 len(report.vectors_without_file), report.checked, len(report.wrong_dimension),
             )  # fmt: skip
             return report
-        report = verify(cache, repair=True, now_s=ledger.now_s(), referenced=ledger.known, rest=Pace())
+        report = verify(cache, repair=True, now_s=ledger.now_s(), referenced=ledger.known, rest=pace)
     except ModmError as error:
         log.warning("cache not reconciled at start: %s", error)
         return None

@@ -88,13 +88,14 @@ class Service:
         for request in requests:
             self._check(request)
         self._check_capacity()
-        slo, large_s = self.settings.slo, self.large_latency_s()
+        slo = self.settings.slo
+        slo_s = slo.multiple * self.large_latency_s()
         records = []
         for request in requests:
             answer = self.ledger.accept_record(
                 new_request_id(),
                 request,
-                slo_s=request.deadline_s or slo.multiple * large_s,
+                slo_s=request.deadline_s or slo_s,
                 max_open=slo.max_open_requests,
                 max_client_open=self.settings.api.open_requests_per_client,
             )
@@ -110,8 +111,12 @@ class Service:
                 out.append(None)
             except ModmError as error:
                 out.append(error)
-        self._check_capacity()
-        slo, slo_s = self.settings.slo, self.settings.slo.multiple * self.large_latency_s()
+        try:
+            self._check_capacity()
+        except RefusedError as error:
+            return [refusal or error for refusal in out]
+        slo = self.settings.slo
+        slo_s = slo.multiple * self.large_latency_s()
         good = [r for r, refusal in zip(requests, out, strict=True) if refusal is None]
         answers = iter(
             self.ledger.accept_each(
@@ -123,7 +128,12 @@ class Service:
         return [refusal or self._answered(next(answers)) for refusal in out]
 
     def _answered(self, answer: tuple[str, RequestRecord | None] | RefusedError) -> RequestRecord | ModmError:
-        return answer if isinstance(answer, RefusedError) else self._taken(*answer)
+        if isinstance(answer, RefusedError):
+            return answer
+        try:
+            return self._taken(*answer)
+        except ModmError as error:  # one that is known but cannot be read: the others of its batch are accepted
+            return error
 
     def _taken(self, request_id: str, record: RequestRecord | None) -> RequestRecord:
         """A new request goes on to be routed; one that its idempotency key makes known is read."""

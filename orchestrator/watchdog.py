@@ -45,7 +45,9 @@ class Watchdog:
         self.period_s, self.keep_s, self.keep, self.stale_s = period_s, keep_s, keep, stale_s
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
-        self._reconciler = threading.Thread(target=reconcile, args=(cache, ledger), name="reconcile", daemon=True)
+        self._reconciler = threading.Thread(
+            target=reconcile, args=(cache, ledger, self._end), name="reconcile", daemon=True
+        )
 
     def start(self) -> None:
         self._thread.start()

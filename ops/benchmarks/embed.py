@@ -11,7 +11,6 @@ downloaded. Each figure is the median of the repeats, taken in turns so that a s
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -20,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ops.benchmarks.document import hand_over
 from ops.scenes.holdout import read_eval_prompts
 from orchestrator.pipeline import BATCH
 from orchestrator.report.machine import describe
@@ -93,10 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "rows": rows(measure(embedder, prompts, sizes, repeats)),
         }
         found["threads"] = _threads()
-    text = json.dumps(found, indent=1)
-    print(text)
-    if given.out is not None:
-        given.out.write_text(text + "\n", encoding="utf-8")
+    hand_over(found, given.out)
 
 
 def _threads() -> int:

@@ -13,7 +13,6 @@ them (Linux only).
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import statistics
@@ -31,6 +30,7 @@ from modm_tasks.client import Client
 from modm_tasks.errors import ModmError, UnavailableError
 from modm_tasks.ledger import Ledger
 from modm_tasks.settings import load_settings
+from ops.benchmarks.document import hand_over
 from ops.demo import MODM, demo_environ
 from ops.processes import PROC
 from ops.redis_server import ping
@@ -175,10 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "ready_s_runs": times,
         "memory": {name: median_of([m[name] for m in memories if name in m]) for name in memories[-1]},
     }
-    text = json.dumps(found, indent=1)
-    print(text)
-    if given.out is not None:
-        given.out.write_text(text + "\n", encoding="utf-8")
+    hand_over(found, given.out)
 
 
 if __name__ == "__main__":

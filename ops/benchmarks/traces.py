@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from ops.benchmarks.document import hand_over
 from ops.demo import MODM
 from orchestrator.report.machine import describe
 
@@ -156,10 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="modm-traces-") as folder:
         rows = measure(given.rows, given.inspect_rows, given.order, Path(folder))
     found = {"machine": describe(), "order": given.order, "load_average": round(os.getloadavg()[0], 1), "rows": rows}
-    text = json.dumps(found, indent=1)
-    print(text)
-    if given.out is not None:
-        given.out.write_text(text + "\n", encoding="utf-8")
+    hand_over(found, given.out)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from modm_tasks.settings import CacheSettings
 from orchestrator.decisions.allocation.paper import Variant
 from orchestrator.decisions.ladder import Ladder
 from vector_store.eviction import Policy
@@ -65,7 +66,7 @@ class SimConfig:
     wait_bound_s: float = 600.0
     wait_bound_from_turn: bool = True
     wait_depth: int = 8
-    max_depth: int = 6
+    max_depth: int = CacheSettings().max_depth
     repeat_max_k: int = 25
     verify_share: float = 0.05
     escalation_rate: float = 0.1

@@ -57,6 +57,18 @@ def test_each_of_a_batch_is_accepted_or_refused_by_itself(service: Service) -> N
     assert service.ledger.get(accepted[0].id).request.prompt == "a"
 
 
+def test_a_known_request_that_cannot_be_read_fails_alone(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    service.submit(ask("a", idempotency_key="once"))
+
+    def away(request_id: str) -> RequestRecord:
+        raise UnavailableError(f"Redis does not answer for {request_id}")
+
+    monkeypatch.setattr(service.ledger, "get", away)
+    known, fresh = service.submit_each([ask("a", idempotency_key="once"), ask("b")])
+    assert isinstance(known, UnavailableError)
+    assert isinstance(fresh, RequestRecord)
+
+
 def test_what_gathers_while_redis_answers_goes_as_one_batch(service: Service) -> None:
     gate = Gate(service)
     acceptor = Acceptor(gate)

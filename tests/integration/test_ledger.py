@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import pytest
 
@@ -21,13 +20,6 @@ from modm_tasks.ledger_states import MOVES, OPEN, allowed
 from modm_tasks.messages import FINAL, Decision, Route, State, SubmitRequest, new_request_id
 from tests.support.ledger import MISS, accept, completion, hit, queued
 from tests.support.processes import wait_until
-
-
-@pytest.fixture
-def ledger(settings: Callable[..., Any]) -> Iterator[Ledger]:
-    made = Ledger.from_settings(settings())
-    yield made
-    made.redis.close()
 
 
 def test_a_request_goes_from_accepted_to_done(ledger: Ledger) -> None:

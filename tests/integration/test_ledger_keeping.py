@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import pytest
 
 from modm_tasks.cluster import DesiredRole, RoleMove
@@ -13,13 +10,6 @@ from modm_tasks.ledger import Ledger
 from modm_tasks.messages import WorkerStatus, new_request_id
 from modm_tasks.redis_client import connect
 from tests.support.ledger import completion, hit, queued
-
-
-@pytest.fixture
-def ledger(settings: Callable[..., Any]) -> Iterator[Ledger]:
-    made = Ledger.from_settings(settings())
-    yield made
-    made.redis.close()
 
 
 def test_windows_count_what_happened(ledger: Ledger) -> None:

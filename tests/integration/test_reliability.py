@@ -27,16 +27,11 @@ from modm_tasks.redis_client import connect
 from modm_tasks.settings import Settings, load_settings
 from ops.redis_server import RunningRedis, start_redis
 from orchestrator.limits import RoutingWatch, health_problems, redis_problem
-from orchestrator.reconcile import reconcile
 from orchestrator.tokens import Tokens
 from orchestrator.watchdog import Watchdog
 from tests.conftest import SettingsFactory, child_environment, fresh_database
 from tests.support.processes import Processes, processes, run_modm, wait_until
 from tests.support.stack import TestStack, start_stack
-from vector_store.backends import open_backend
-from vector_store.cache import ImageCache
-from vector_store.embedder import HashEmbedder
-from vector_store.entries import ImageEntry
 
 # --- two watchdogs --------------------------------------------------------------------------------------------------
 
@@ -131,51 +126,6 @@ def test_routing_that_stands_still_is_told_from_a_burst() -> None:
     assert "nothing was routed for 10 s" in str(watch.problem("stuck", 70))
     assert watch.problem("next", 71) is None
     assert watch.problem(None, 90) is None
-
-
-@pytest.fixture
-def cache(settings: SettingsFactory) -> Iterator[ImageCache]:
-    ours, embedder = settings(qdrant_url="edge:"), HashEmbedder()
-    backend = open_backend(ours)
-    yield ImageCache(backend, embedder.identity, embedder.dim, ours, ImageStore(ours.image_root))
-    backend.close()
-
-
-def fill(cache: ImageCache, count: int) -> list[ImageEntry]:
-    from PIL import Image
-
-    entries = []
-    for number in range(count):
-        image_id = new_request_id()
-        uri, _ = cache.images.write(image_id, 1, Image.new("RGB", (16, 16)))
-        entry = ImageEntry(
-            id=image_id, prompt=f"p{number}", model="m", seed=1, size="16x16", depth=0, created_s=1.0, uri=uri
-        )
-        cache.add(entry, HashEmbedder().embed_texts([entry.prompt])[0])
-        entries.append(entry)
-    return entries
-
-
-def test_cache_and_files_agree_again_at_start_but_an_absent_store_empties_nothing(
-    settings: SettingsFactory, cache: ImageCache
-) -> None:
-    ledger = Ledger.from_settings(settings())
-    entries = fill(cache, 20)
-    found = reconcile(cache, ledger)
-    assert found is not None
-    assert found.clean
-    for entry in entries[:3]:
-        cache.images.delete(entry.uri)
-    mended = reconcile(cache, ledger)
-    assert mended is not None
-    assert mended.repaired == 3
-    assert cache.count() == 17
-    for entry in entries[3:]:
-        cache.images.delete(entry.uri)
-    kept = reconcile(cache, ledger)
-    assert kept is not None
-    assert (kept.repaired, len(kept.vectors_without_file), cache.count()) == (0, 17, 17)
-    ledger.redis.close()
 
 
 # --- a stack behind TLS, with clients that do not share ------------------------------------------------------------

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -17,24 +16,10 @@ from typer.testing import CliRunner
 from modm_tasks.client import Client
 from modm_tasks.errors import InvalidInputError, ModmError, NotFoundError
 from modm_tasks.image_store import path_for
-from tests.support.cache import Served, make_cache, make_folder, png, put, uid
+from tests.support.cache import Served, make_folder, png, put, uid
 from vector_store import admin
 from vector_store.cache import ImageCache
 from vector_store.cli import cache_app, parse_age_s
-
-
-@pytest.fixture(params=["edge:", "memory:"])
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ImageCache]:
-    made = make_cache(tmp_path / "home", request.param)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def served(cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    made = Served(cache, monkeypatch)
-    yield made
-    made.stop()
 
 
 def test_import_search_list_stats(served: Served, tmp_path: Path) -> None:

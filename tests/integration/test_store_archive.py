@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +31,6 @@ class OtherEmbedder(HashEmbedder):
 
     def embed_images(self, images: Any) -> Vector:
         return -super().embed_images(images)
-
-
-@pytest.fixture(params=["edge:", "memory:"])
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ImageCache]:
-    made = make_cache(tmp_path / "home", request.param)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def served(cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    made = Served(cache, monkeypatch)
-    yield made
-    made.stop()
 
 
 def test_export_can_be_imported_elsewhere(served: Served, tmp_path: Path) -> None:
