@@ -49,6 +49,12 @@ ROUTE = (
     + """
 local id, expected, queue = ARGV[1], ARGV[2], ARGV[3]
 if redis.call('HGET', key(id), 'state') ~= expected then return {'conflict'} end
+local was, was_k = redis.call('HGET', key(id), 'queue'), 0
+if expected == 'queued' then
+  -- One that is to be drawn anew keeps that: what it has is the refined image already.
+  if redis.call('HEXISTS', key(id), 'fallback') == 1 then return {'conflict'} end
+  was_k = cjson.decode(redis.call('HGET', key(id), 'decision')).skipped_steps
+end
 if ARGV[9] ~= '' then redis.call('HSET', key(id), 'rank', ARGV[9]) end
 local r = enqueue(id, queue, ARGV[7])
 if r ~= 'ok' then return {r} end
@@ -58,7 +64,7 @@ if ARGV[8] ~= '' then redis.call('HSET', key(id), 'tvec', ARGV[8]) end
 if queue == 'small-refine' then count('hits') else count('misses') end
 if expected == 'queued' then
   count('rebound')
-  count('misses', -1)
+  if was == 'small-refine' then count('hits', -1); count('k:' .. was_k, -1) else count('misses', -1) end
 end
 if queue == 'small-refine' then count('k:' .. ARGV[5]) end
 return {'ok'}

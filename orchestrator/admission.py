@@ -33,7 +33,7 @@ from vector_store.entries import ImageEntry
 
 log = logging.getLogger(__name__)
 
-#: A miss that was being routed while an image entered is in no queue at that moment, so the image is looked at again later.
+#: What was being routed while an image entered is in no queue at that moment, so the image is looked at again later.
 AGAIN_S = 0.5
 
 
@@ -230,7 +230,7 @@ class Admission:
             self._fresh.popleft()
 
     def _rebind(self, record: RequestRecord, entry: ImageEntry, image_vector: Vector) -> None:
-        """Late binding: queued misses that the new image turns into hits change their queue."""
+        """Late binding: queued requests that the new image makes hits, or better ones, are drawn from it."""
         for candidate, text_vector, similarity in self.router.late_candidates(record, image_vector):
             try:
                 queued = self.ledger.get(candidate.id)
@@ -240,5 +240,6 @@ class Admission:
                 continue
             decision = self.router.rebind(queued, text_vector, entry, similarity)
             if decision is not None and self.ledger.route(queued.id, decision, expected=State.QUEUED):
-                self.pipeline.tokens.send(decision.route.value, queued.id, decision)
+                if queued.decision.route is not decision.route:
+                    self.pipeline.tokens.send(decision.route.value, queued.id, decision)
                 self.pipeline.remember(queued, text_vector, decision)

@@ -1,29 +1,37 @@
-"""The HTTP API: the service by FastAPI. Errors of ours become one JSON shape; OpenAPI is at /docs and /openapi.json."""
+"""The HTTP API: the service by FastAPI. OpenAPI is at /docs and /openapi.json. Refusals: `replies`; one submit: `submit`."""
 
 # Annotations are evaluated here, not postponed: FastAPI must see dependencies that are made inside functions.
-import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 
 from modm_tasks import __version__
-from modm_tasks.errors import InvalidInputError, ModmError, NotFoundError, RefusedError
+from modm_tasks.errors import NotFoundError
 from modm_tasks.messages import RequestRecord, State, SubmitRequest
+from orchestrator import submit
 from orchestrator.auth import Caller, Gate
+from orchestrator.replies import add_error_handlers
 from orchestrator.service import Service
 
-log = logging.getLogger(__name__)
 MAX_BATCH = 256
 MAX_WAIT_S = 300.0
 PNG: dict[int | str, dict[str, Any]] = {200: {"content": {"image/png": {}}}}
+#: What the framework cannot see of a route that reads its request itself.
+ONE_REQUEST: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/SubmitRequest"}}},
+    },
+    "parameters": [
+        {"name": name, "in": "header", "required": False, "schema": {"type": "string"}}
+        for name in ("idempotency-key", "authorization")
+    ],
+}
 
 
 class Batch(BaseModel):
@@ -31,52 +39,6 @@ class Batch(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     requests: list[SubmitRequest] = Field(min_length=1, max_length=MAX_BATCH)
-
-
-def error_body(error: ModmError) -> dict[str, Any]:
-    body: dict[str, Any] = {"code": error.code, "message": str(error), "field": error.field}
-    if isinstance(error, RefusedError):
-        body["retry_after_s"] = error.retry_after_s
-    return {"error": body}
-
-
-def _modm_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ModmError)
-    headers = {"x-should-retry": "true" if error.retryable else "false"}
-    if isinstance(error, RefusedError):
-        headers |= {
-            "retry-after": str(max(1, round(error.retry_after_s))),
-            "retry-after-ms": str(int(error.retry_after_s * 1000)),
-        }
-    if error.http_status >= 500:
-        log.error("%s", error)
-    return JSONResponse(error_body(error), status_code=error.http_status, headers=headers)
-
-
-def _validation_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"] if part not in {"body", "query", "path"})
-    if len(field) > 120 or not field.isprintable():  # a name that the caller made up
-        field = ascii(field[:120])[1:-1]
-    reason = str(first["msg"]).removeprefix("Value error, ")
-    return _modm_error(_, InvalidInputError(f"{field or 'body'}: {reason}", field=field or None))
-
-
-def _http_error(_: Request, error: Exception) -> Response:
-    """FastAPI's own refusals (undecodable body, unknown path, wrong method) in the same shape as ours."""
-    assert isinstance(error, HTTPException)
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_input")
-    body = {"error": {"code": code, "message": str(error.detail), "field": None}}
-    headers = dict(error.headers or {}) | {"x-should-retry": "false"}
-    return JSONResponse(body, status_code=error.status_code, headers=headers)
-
-
-def add_error_handlers(app: FastAPI) -> None:
-    """Every refusal in one shape, ours and the framework's, without echoing the input."""
-    app.add_exception_handler(ModmError, _modm_error)
-    app.add_exception_handler(RequestValidationError, _validation_error)
-    app.add_exception_handler(HTTPException, _http_error)
 
 
 def build_app(
@@ -141,43 +103,22 @@ def own(record: RequestRecord, caller: Caller) -> RequestRecord:
     raise NotFoundError(f"no request {record.id}")
 
 
-def as_caller(request: SubmitRequest, caller: Caller, key: str | None = None) -> SubmitRequest:
-    """The client's name comes from its key, so that nobody can speak for another."""
-    changes: dict[str, Any] = {}
-    if caller.client:
-        changes["client"] = caller.client
-    if key:
-        if len(key) > 200:
-            raise InvalidInputError("Idempotency-Key: the limit is 200 characters", field="Idempotency-Key")
-        changes["idempotency_key"] = key
-    return request.model_copy(update=changes) if changes else request
-
-
 def request_routes(gate: Gate) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["requests"])
-    submit = Annotated[Caller, Depends(gate.require("submit"))]
+    submitter = Annotated[Caller, Depends(gate.require("submit"))]
     read = Annotated[Caller, Depends(gate.require("read"))]
     admin = Annotated[Caller, Depends(gate.require("admin"))]
 
-    @router.post("/requests", status_code=202, response_model=RequestRecord)
-    async def submit_one(
-        body: SubmitRequest, service: Svc, caller: submit, idempotency_key: Annotated[str | None, Header()] = None
-    ) -> Response:
+    @router.post("/requests", status_code=202, response_model=RequestRecord, openapi_extra=ONE_REQUEST)
+    async def submit_one(request: Request, service: Svc) -> Response:
         """Accept one prompt. Durable when this answers."""
-        gate.admit(caller, 1)
-        given = as_caller(body, caller, idempotency_key)
-        if service.slow_to_check:
-            record = await run_in_threadpool(service.submit, given)
-        else:
-            record = await asyncio.wrap_future(service.acceptor.put(given))
-        # As bytes: the framework would check what is a checked model already, on another thread.
-        return Response(record.model_dump_json(), status_code=202, media_type="application/json")
+        return await submit.answer(request, service, gate)
 
     @router.post("/requests/batch", status_code=202)
-    def submit_batch(body: Batch, service: Svc, caller: submit) -> list[RequestRecord]:
+    def submit_batch(body: Batch, service: Svc, caller: submitter) -> list[RequestRecord]:
         """Accept several prompts, in order."""
         gate.admit(caller, len(body.requests))
-        return service.submit_many([as_caller(r, caller) for r in body.requests])
+        return service.submit_many([submit.as_caller(r, caller) for r in body.requests])
 
     @router.get("/requests")
     def list_requests(
@@ -232,7 +173,7 @@ def request_routes(gate: Gate) -> APIRouter:
         return StreamingResponse(follow(service, request_id, request.is_disconnected), media_type="text/event-stream")
 
     @router.post("/requests/{request_id}/cancel")
-    def cancel(request_id: str, service: Svc, caller: submit) -> RequestRecord:
+    def cancel(request_id: str, service: Svc, caller: submitter) -> RequestRecord:
         """Cancel: at once, or at the next step where it is being drawn."""
         own(service.get(request_id), caller)
         return service.cancel(request_id)

@@ -87,7 +87,7 @@ WINDOW = {
     "retries": ("modm_window_retries", "Attempts repeated in the window"),
     "rerouted": ("modm_window_rerouted", "Hits sent to the large model after all, in the window"),
     "waited": ("modm_window_waited", "Requests that waited on an unfinished source, in the window"),
-    "rebound": ("modm_window_rebound", "Queued misses that became hits, in the window"),
+    "rebound": ("modm_window_rebound", "Queued requests that a new image made hits, or better ones, in the window"),
 }
 
 

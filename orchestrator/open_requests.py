@@ -7,7 +7,7 @@ A few thousand vectors at most, so one matrix product is faster than a second co
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,13 +15,16 @@ from numpy.typing import NDArray
 
 Vector = NDArray[np.float32]
 
+#: ``OpenRequest.rung`` of one that no new image can serve better: it waits on another, or is not bound late.
+SETTLED = 1_000
+
 #: Rows looked at for each wanted one before all are: sorting all of some thousand costs as much as a search in the cache.
 LOOK_AT = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenRequest:
-    """What a later prompt has to know of an unfinished one."""
+    """What a later prompt has to know of an unfinished one. ``rung``: how many its source reaches, 0 = a queued miss."""
 
     id: str
     namespace: str
@@ -30,6 +33,7 @@ class OpenRequest:
     order: float
     chain_depth: int = 0
     is_miss: bool = True
+    rung: int = SETTLED
     prompt: str = ""
     seed: int | None = None
 
@@ -42,6 +46,7 @@ class OpenRequests:
         self._rows: dict[str, int] = {}
         self._items: list[OpenRequest | None] = []
         self._matrix = np.zeros((64, dim), dtype=np.float32)
+        self._rungs = np.full(64, SETTLED)
         self._free: list[int] = list(range(63, -1, -1))
 
     def __len__(self) -> int:
@@ -56,11 +61,13 @@ class OpenRequests:
                     grown[: len(self._matrix)] = self._matrix
                     self._free = list(range(len(grown) - 1, len(self._matrix) - 1, -1))
                     self._matrix = grown
+                    self._rungs = np.concatenate([self._rungs, np.full(len(self._rungs), SETTLED)])
                 row = self._free.pop()
                 self._rows[item.id] = row
             self._items += [None] * (row + 1 - len(self._items))
             self._items[row] = item
             self._matrix[row] = vector
+            self._rungs[row] = item.rung
 
     def remove(self, request_id: str) -> None:
         with self._lock:
@@ -68,6 +75,7 @@ class OpenRequests:
             if row is not None:
                 self._items[row] = None
                 self._matrix[row] = 0.0
+                self._rungs[row] = SETTLED
                 self._free.append(row)
 
     def get(self, request_id: str) -> tuple[OpenRequest, Vector] | None:
@@ -91,17 +99,22 @@ class OpenRequests:
             ),
         )
 
-    def misses_like(self, vector: Vector, *, namespace: str, size: str | None, client: str | None, floor: float,
-                    limit: int = 50) -> list[tuple[OpenRequest, float]]:  # fmt: skip
-        """Queued misses whose *text* is at least ``floor`` similar to an *image* vector (late binding)."""
-        found = self._best(
-            vector,
-            limit,
-            lambda i: (
-                i.is_miss and i.namespace == namespace and i.size == size and (client is None or i.client == client)
-            ),
-        )
-        return [(item, s) for item, s in found if s >= floor]
+    def better_by(
+        self, image_vector: Vector, *, thresholds: Sequence[float], namespace: str, size: str | None,
+        client: str | None, limit: int = 50,
+    ) -> list[tuple[OpenRequest, float]]:  # fmt: skip
+        """Queued requests whose *text* reaches a higher rung with this *image* than with what they are bound to now, most
+        similar first (late binding). ``thresholds`` are the ladder's, rising."""
+        with self._lock:
+            n = len(self._items)
+            scores = self._matrix[:n] @ image_vector
+            rows = np.flatnonzero(np.searchsorted(thresholds, scores, side="right") > self._rungs[:n])
+            return self._first(
+                scores,
+                rows,
+                limit,
+                lambda i: i.namespace == namespace and i.size == size and (client is None or i.client == client),
+            )
 
     def _best(
         self, vector: Vector, limit: int, accept: Callable[[OpenRequest], bool]

@@ -177,6 +177,7 @@ class Pipeline:
                 order=record.accepted_s,
                 chain_depth=0 if source is None else source[0].chain_depth + 1,
                 is_miss=decision is not None and decision.route is Route.LARGE_GEN and decision.waits_on is None,
+                rung=self.router.late_rung(record, decision),
                 prompt=record.request.prompt,
                 seed=record.request.seed,
             ),

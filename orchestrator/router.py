@@ -13,7 +13,7 @@ from modm_tasks.messages import Completion, Decision, RequestRecord, Route, Stat
 from modm_tasks.settings import Settings
 from orchestrator.decisions import routing
 from orchestrator.decisions.ladder import Ladder
-from orchestrator.open_requests import OpenRequest, OpenRequests, Vector
+from orchestrator.open_requests import SETTLED, OpenRequest, OpenRequests, Vector
 from vector_store.cache import ImageCache
 from vector_store.entries import ImageEntry, Match
 
@@ -67,7 +67,7 @@ class Router:
         return decision.model_copy(update={"predicted_similarity": predicted, "reason": note})
 
     def rebind(self, record: RequestRecord, vector: Vector, source: ImageEntry, similarity: float) -> Decision | None:
-        """A queued miss looked at again because of a new image: a decision where that makes it a hit, else None.
+        """A queued request looked at again because of a new image: a decision where that saves more steps, else None.
 
         The images cached before have been looked at before, so the new one is the only candidate: no search.
         """
@@ -79,21 +79,20 @@ class Router:
             record, vector, inflight=False, stored=False, match=Match(entry=source, similarity=similarity)
         )
         decision = routing.route(given)
-        if decision.route is not Route.SMALL_REFINE or decision.source_id is None:
+        bound_k = record.decision.skipped_steps if record.decision is not None else 0
+        if decision.source_id is None or decision.skipped_steps <= bound_k:
             return None
         self._touch(source.id, source.namespace, decision.skipped_steps)
         return decision.model_copy(update={"reason": f"late binding: {decision.reason}"})
 
     def late_candidates(self, finished: RequestRecord, image_vector: Vector) -> list[tuple[OpenRequest, Vector, float]]:
-        """Queued misses that the new image is similar enough to, most similar first."""
-        if "late-binding" not in self.features(finished):
-            return []
-        found = self.open_requests.misses_like(
+        """Queued requests that the new image may serve better, most similar first."""
+        found = self.open_requests.better_by(
             image_vector,
+            thresholds=[rung.min_similarity for rung in self.ladder.rungs],
             namespace=finished.request.namespace,
             size=finished.request.size,
             client=self._client(finished),
-            floor=self.ladder.threshold,
         )
         out = []
         for item, similarity in found:
@@ -101,6 +100,12 @@ class Router:
             if kept is not None:
                 out.append((item, kept[1], similarity))
         return out
+
+    def late_rung(self, record: RequestRecord, decision: Decision | None) -> int:
+        """``OpenRequest.rung`` of a request so decided."""
+        if decision is None or decision.waits_on is not None or "late-binding" not in self.features(record):
+            return SETTLED
+        return 0 if decision.source_id is None else self.ladder.reached(decision.similarity or 0.0)
 
     def rank(self, record: RequestRecord, decision: Decision) -> float | None:
         """The place in the queue; None keeps the order of acceptance."""

@@ -51,10 +51,12 @@ def run(settings: Settings, sock: socket.socket) -> None:
 
     from orchestrator.auth import Gate, check_listen
     from orchestrator.compose import make_app
+    from orchestrator.submit import SubmitFirst
 
     check_listen(settings)
     sys.setswitchinterval(SWITCH_S)
-    app = make_app(settings, Gate.from_settings(settings))
+    gate = Gate.from_settings(settings)
+    app = SubmitFirst(make_app(settings, gate), gate)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=3, timeout_keep_alive=75
     )

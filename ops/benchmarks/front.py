@@ -1,7 +1,8 @@
 """Speed of the front: submit to queued, with 10,000 cached images, at a steady rate and in a burst.
 
 A real orchestrator process over HTTP with a real Redis; the shipped hash embedder stands for CLIP, so the figures exclude
-embedding. No worker runs: the queue only grows, which is the front's worst case. Prints one JSON document.
+embedding. The workers' engine sleeps, a second for a large image, so the queue grows all the time, which is the front's
+worst case. Prints one JSON document.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from modm_tasks.ledger import Ledger
 from modm_tasks.messages import new_request_id
 from modm_tasks.settings import Settings, load_settings
 from ops.redis_server import free_port, start_redis
+from ops.stack import MODM
 from orchestrator.report.machine import describe
 from vector_store.backends import open_backend
 from vector_store.cache import ImageCache
@@ -114,7 +118,31 @@ def wait_routed(ledger: Ledger, timeout_s: float = 60.0) -> None:
         threading.Event().wait(0.05)
 
 
-def measure(*, cached: int, rate_per_s: float, seconds: float, policy: str) -> dict[str, Any]:
+@contextmanager
+def workers(count: int, environ: Mapping[str, str], ledger: Ledger) -> Iterator[None]:
+    """So many workers with the sleeping engine, from ready to ended."""
+    running = [
+        subprocess.Popen(
+            [*MODM, "worker", "--gpu", str(number), "--name", f"sleeper{number}@%h"],
+            env=dict(environ), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
+        for number in range(count)
+    ]  # fmt: skip
+    try:
+        until = time.monotonic() + 60
+        while len(ledger.workers()) < count:
+            if time.monotonic() > until or any(one.poll() is not None for one in running):
+                raise UnavailableError("the workers did not start")
+            threading.Event().wait(0.1)
+        yield
+    finally:
+        for one in running:
+            one.terminate()
+        for one in running:
+            one.wait(30)
+
+
+def measure(*, cached: int, rate_per_s: float, seconds: float, policy: str, sleepers: int = 0) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         redis = start_redis(home / "redis")
@@ -122,7 +150,8 @@ def measure(*, cached: int, rate_per_s: float, seconds: float, policy: str) -> d
         environ = {k: v for k, v in os.environ.items() if not k.startswith("MODM_")} | {
             "MODM_HOME": str(home), "MODM_REDIS_URL": redis.url, "MODM_EMBEDDER": "fake", "MODM_API__PORT": str(port),
             "MODM_CACHE__CAPACITY": str(cached), "MODM_SLO__MAX_OPEN_REQUESTS": "1000000", "MODM_LOG_LEVEL": "WARNING",
-            "MODM_ROUTING__POLICY": policy,
+            "MODM_ROUTING__POLICY": policy, "MODM_WORKER__ENGINE": "fake", "MODM_WORKER__MODE": "pooled",
+            "MODM_WORKER__FAKE_LARGE_S": "1", "MODM_WORKER__FAKE_SMALL_S": "0.2",
         }  # fmt: skip
         settings = load_settings(home=home, redis_url=redis.url, cache={"capacity": cached})
         fill_cache(settings, cached)
@@ -130,14 +159,15 @@ def measure(*, cached: int, rate_per_s: float, seconds: float, policy: str) -> d
         try:
             _wait_ready(url, front)
             ledger = Ledger.from_settings(settings)
-            redis_pid = int(ledger.redis.info("server")["process_id"])
-            before = {"front": cpu_s(front.pid), "redis": cpu_s(redis_pid)}
-            ids, calls_ms, reached = load(url, rate_per_s=rate_per_s, seconds=seconds)
-            wait_routed(ledger)
-            used_ms = {
-                "front": 1000 * (cpu_s(front.pid) - before["front"]) / len(ids),
-                "redis": 1000 * (cpu_s(redis_pid) - before["redis"]) / len(ids),
-            }
+            with workers(sleepers, environ, ledger):
+                redis_pid = int(ledger.redis.info("server")["process_id"])
+                before = {"front": cpu_s(front.pid), "redis": cpu_s(redis_pid)}
+                ids, calls_ms, reached = load(url, rate_per_s=rate_per_s, seconds=seconds)
+                wait_routed(ledger)
+                used_ms = {
+                    "front": 1000 * (cpu_s(front.pid) - before["front"]) / len(ids),
+                    "redis": 1000 * (cpu_s(redis_pid) - before["redis"]) / len(ids),
+                }
             records = [r for r in ledger.get_many(ids) if r.queued_s is not None]
         finally:
             front.terminate()
@@ -152,6 +182,7 @@ def measure(*, cached: int, rate_per_s: float, seconds: float, policy: str) -> d
         "machine": describe(),
         "policy": policy,
         "cached_images": cached,
+        "workers": sleepers,
         "asked_per_s": rate_per_s,
         "reached_per_s": round(reached, 1),
         "requests": len(ids),
@@ -181,8 +212,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rate-per-s", type=float, default=200.0)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--policy", choices=["modm", "modm-plus"], default="modm-plus")
+    parser.add_argument("--workers", type=int, default=2, help="workers whose engine sleeps")
     given = parser.parse_args(argv)
-    found = measure(cached=given.cached, rate_per_s=given.rate_per_s, seconds=given.seconds, policy=given.policy)
+    found = measure(
+        cached=given.cached, rate_per_s=given.rate_per_s, seconds=given.seconds, policy=given.policy,
+        sleepers=given.workers,
+    )  # fmt: skip
     print(json.dumps(found, indent=1))
 
 

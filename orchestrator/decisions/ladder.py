@@ -64,8 +64,12 @@ class Ladder:
 
     def lookup(self, similarity: float) -> Rung | None:
         """The highest rung at or below this similarity; None = miss."""
-        index = bisect_right([r.min_similarity for r in self.rungs], similarity)
+        index = self.reached(similarity)
         return self.rungs[index - 1] if index else None
+
+    def reached(self, similarity: float) -> int:
+        """How many rungs a similarity reaches; 0 = miss."""
+        return bisect_right([r.min_similarity for r in self.rungs], similarity)
 
     def lowered(self, rungs: int) -> Ladder:
         """Every threshold down by so many rungs' distance: the degraded form, which never skips more at the top."""

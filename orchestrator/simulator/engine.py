@@ -280,14 +280,17 @@ class Simulation:
             self._enqueue(row, decision)
 
     def _rebind(self, image: int) -> None:
-        queue = self.fleet.queues[LARGE_GEN]
+        """Queued requests that the new image makes hits, or better ones."""
         for row, _ in self.source.readers(image):
-            if self.state[row] == QUEUED and row in queue:
-                decision = self.router.decide(row, inflight=False)
-                if decision.route is Route.SMALL_REFINE and decision.source_id is not None:
-                    queue.remove(row)
-                    self.outcome.rebound[row] = True
-                    self._enqueue(row, decision)
+            queue = next((q for q in self.fleet.queues.values() if row in q), None)
+            known = self.decisions[row]
+            if self.state[row] != QUEUED or queue is None or known is None:
+                continue
+            decision = self.router.decide(row, inflight=False)
+            if decision.source_id is not None and decision.skipped_steps > known.skipped_steps:
+                queue.remove(row)
+                self.outcome.rebound[row] = True
+                self._enqueue(row, decision)
 
     def wake(self, worker: int) -> None:
         """An idle worker has a new role: it looks into its queues."""

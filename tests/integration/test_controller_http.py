@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from typer.testing import CliRunner
 
 from modm_tasks.client import Client
@@ -21,7 +20,6 @@ from modm_tasks.errors import ConflictError, InvalidInputError, ModmError, NotFo
 from modm_tasks.ledger import Ledger
 from modm_tasks.messages import WorkerStatus
 from modm_tasks.settings import Settings
-from orchestrator import api
 from orchestrator.cli_controller import controller_app, workers_app
 from orchestrator.controller import roles
 from orchestrator.controller.decide import Decider
@@ -30,6 +28,7 @@ from orchestrator.controller.http import build_router
 from orchestrator.controller.members import Members
 from orchestrator.controller.metrics import Metrics
 from orchestrator.controller.rules import Rules
+from orchestrator.replies import add_error_handlers
 from tests.conftest import SettingsFactory
 from tests.support.processes import wait_until
 
@@ -59,8 +58,7 @@ def applied(ledger: Ledger, worker: str) -> None:
 @pytest.fixture
 def url(ledger: Ledger) -> Iterator[str]:
     app = FastAPI()
-    app.add_exception_handler(ModmError, api._modm_error)
-    app.add_exception_handler(RequestValidationError, api._validation_error)
+    add_error_handlers(app)
     app.include_router(build_router(lambda: ledger))
     sock = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))

@@ -17,6 +17,9 @@ from tests.support.rig import FIRST, LARGE, OTHER, SECOND, SMALL, THIRD, MakeRig
 from vector_store.embedder import encode_vector
 from workers.serve import serve_one
 
+#: Similar enough to FIRST for the lowest rung.
+WEAK = "one lamp"
+
 
 @pytest.fixture
 def make_rig(settings: SettingsFactory) -> Iterator[MakeRig]:
@@ -167,6 +170,52 @@ def test_a_queued_miss_becomes_a_hit_when_an_image_like_it_arrives(make_rig: Mak
     assert (rig.ready(LARGE), rig.ready(SMALL)) == ([], [second])
     assert rig.get(second).decision.reason.startswith("late binding: hit")  # type: ignore[union-attr]
     assert serve_one(rig.runtime, LARGE)["served"] is None  # the stale task finds nothing
+
+
+def test_a_queued_hit_takes_a_better_image_that_arrives_and_no_worse_one(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    first = rig.submit(FIRST)
+    rig.draw(LARGE)
+    hits = {name: rig.submit(WEAK, features=name) for name in ("late-binding", "inflight")}
+    before = rig.get(hits["late-binding"])
+    assert before.decision.source_id == first  # type: ignore[union-attr]
+    better = rig.submit(WEAK, cache="refresh", features="late-binding")
+    rig.submit(FIRST, cache="refresh", features="late-binding")
+    assert rig.draw(LARGE) == better
+    after = rig.get(hits["late-binding"])
+    assert after.decision is not None
+    assert after.decision.source_id == better
+    assert after.decision.skipped_steps > before.decision.skipped_steps  # type: ignore[union-attr]
+    assert after.decision.reason.startswith("late binding: hit")
+    assert (after.rank, after.state) == (before.rank, State.QUEUED)
+    assert rig.get(hits["inflight"]).decision.source_id == first, "late binding is off for it"  # type: ignore[union-attr]
+    assert set(rig.ready(SMALL)) == set(hits.values())
+    rig.draw(LARGE)  # no better than what they have
+    assert rig.get(hits["late-binding"]).decision == after.decision
+    window = rig.ledger.window(window_s=60, bucket_s=10, now_s=rig.ledger.now_s())
+    assert (window["hits"], window["misses"], window["rebound"]) == (2, 3, 1)
+    assert window[f"k:{after.decision.skipped_steps}"] == window[f"k:{before.decision.skipped_steps}"] == 1  # type: ignore[union-attr]
+    assert rig.ledger.in_use([first, better]) == {first, better}
+    assert {rig.draw(SMALL), rig.draw(SMALL)} == set(hits.values())
+    assert rig.get(hits["late-binding"]).completion.skipped_steps == after.decision.skipped_steps  # type: ignore[union-attr]
+
+
+def test_late_binding_leaves_what_is_to_be_drawn_anew(make_rig: MakeRig) -> None:
+    """It has its refined image already; a better source would refine a second time."""
+    rig = make_rig()
+    rig.submit(FIRST)
+    rig.draw(LARGE)
+    hit = rig.submit(SECOND, features="late-binding")
+    claimed = rig.ledger.claim(SMALL, "w", lease_s=30)
+    assert claimed is not None
+    first = claimed.decision.source_id  # type: ignore[union-attr]
+    completion = rig.get(first or "").completion
+    assert completion is not None
+    rig.ledger.reroute_to_large(hit, claimed.attempt, "scored too low", fallback=completion)
+    better = rig.submit(SECOND, cache="refresh")
+    rig.ledger.set_rank(better, 0.0)
+    assert rig.draw(LARGE) == better
+    assert (rig.ready(LARGE), rig.ready(SMALL)) == ([hit], [])
 
 
 def test_late_binding_finds_a_miss_that_was_being_routed_when_the_image_entered(make_rig: MakeRig) -> None:

@@ -14,9 +14,9 @@ from PIL import Image
 
 from modm_tasks.image_store import ImageStore, path_for, to_png
 from modm_tasks.settings import Settings
-from orchestrator.api import add_error_handlers
 from orchestrator.auth import Gate, KeyFile, Scope
 from orchestrator.compose import cache_guards
+from orchestrator.replies import add_error_handlers
 from vector_store.backends import open_backend
 from vector_store.cache import ImageCache
 from vector_store.embedder import HashEmbedder

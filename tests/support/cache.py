@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from modm_tasks.image_store import ImageStore, path_for, to_png
 from modm_tasks.settings import CacheSettings, Settings
-from orchestrator.api import add_error_handlers
+from orchestrator.replies import add_error_handlers
 from vector_store.backends import open_backend
 from vector_store.cache import ImageCache
 from vector_store.cli import cache_app

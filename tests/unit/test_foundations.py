@@ -31,10 +31,10 @@ from modm_tasks.queues import ROLE_QUEUES, queues_of, role_of
 from modm_tasks.redis_client import redis_url
 from modm_tasks.safety import load_hook
 from modm_tasks.settings import load_settings
-from orchestrator.api import error_body
 from orchestrator.auth import Gate, KeyFile, check_listen, is_loopback
 from orchestrator.limits import Bucket, RateLimiter, disk_problem, take
-from orchestrator.open_requests import OpenRequest, OpenRequests
+from orchestrator.open_requests import SETTLED, OpenRequest, OpenRequests
+from orchestrator.replies import error_body
 
 # --- settings -----------------------------------------------------------------------------------------------------
 
@@ -272,12 +272,32 @@ def test_open_requests_are_found_by_text_earlier_only_and_within_their_space() -
         "r0"
     ]
     assert requests.most_similar(unit(1, 0), namespace="m", size=None, client=None, before=9) == []
-    misses = requests.misses_like(unit(1, 0), namespace="n", size=None, client=None, floor=0.9)
-    assert [i.id for i, _ in misses] == ["r0", "r1", "r2"]
     requests.remove("r0")
     requests.keep_only(["r1", "r3"])
     assert len(requests) == 2
     assert requests.get("r2") is None
+
+
+def test_late_binding_looks_at_what_a_new_image_serves_better() -> None:
+    """Cosines with the image are 1, .95, .95, .95, .95 and .7; the thresholds .6, .9 and .99."""
+    requests = OpenRequests(2)
+    angles, rungs = (0.0, 0.3, 0.31, 0.32, 0.3, 0.8), (3, 0, 1, 2, SETTLED, 0)
+    for i, (angle, rung) in enumerate(zip(angles, rungs, strict=True)):
+        item = OpenRequest(id=f"r{i}", namespace="n", size=None, client="c", order=float(i), rung=rung)
+        requests.put(item, unit(np.cos(angle), np.sin(angle)))
+
+    def found(namespace: str = "n", client: str | None = None, limit: int = 50) -> list[str]:
+        better = requests.better_by(
+            unit(1, 0), thresholds=(0.6, 0.9, 0.99), namespace=namespace, size=None, client=client, limit=limit
+        )
+        return [i.id for i, _ in better]
+
+    assert found() == ["r1", "r2", "r5"], "r0 has the top rung, r3 the same one, r4 waits"
+    assert found(limit=1) == ["r1"]
+    assert found(namespace="m") == found(client="d") == []
+    requests.put(OpenRequest(id="r1", namespace="n", size=None, client="c", order=1.0, rung=2), unit(1, 0.3))
+    requests.remove("r5")
+    assert found() == ["r2"]
 
 
 def test_open_requests_grow_and_reuse_rows() -> None:
