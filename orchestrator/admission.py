@@ -231,12 +231,11 @@ class Admission:
 
     def _rebind(self, record: RequestRecord, entry: ImageEntry, image_vector: Vector) -> None:
         """Late binding: queued requests that the new image makes hits, or better ones, are drawn from it."""
-        for candidate, text_vector, similarity in self.router.late_candidates(record, image_vector):
-            try:
-                queued = self.ledger.get(candidate.id)
-            except NotFoundError:
-                continue
-            if queued.state is not State.QUEUED or queued.decision is None:
+        found = self.router.late_candidates(record, image_vector)
+        records = {r.id: r for r in self.ledger.get_many([candidate.id for candidate, _, _ in found])} if found else {}
+        for candidate, text_vector, similarity in found:
+            queued = records.get(candidate.id)
+            if queued is None or queued.state is not State.QUEUED or queued.decision is None:
                 continue
             decision = self.router.rebind(queued, text_vector, entry, similarity)
             if decision is not None and self.ledger.route(queued.id, decision, expected=State.QUEUED):

@@ -58,12 +58,14 @@ class ImageEntry:
         return asdict(self)
 
 
-_FIELDS = {f.name: f for f in fields(ImageEntry)}
+_FIELDS = frozenset(f.name for f in fields(ImageEntry)) - {"id"}
 
 
-def entry_of(entry_id: str, payload: Mapping[str, Any]) -> ImageEntry:
+def entry_of(entry_id: str, payload: Mapping[str, Any], *, similarity: float | None = None) -> ImageEntry:
     """Back from a payload; fields of a later version are left out. Raises InvalidInputError naming a missing one."""
-    known = {k: v for k, v in payload.items() if k in _FIELDS and k != "id"}
+    known = {k: v for k, v in payload.items() if k in _FIELDS}
+    if similarity is not None:
+        known["similarity"] = similarity
     if "ancestors" in known:
         known["ancestors"] = tuple(known["ancestors"])
     try:

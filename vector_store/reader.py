@@ -6,7 +6,6 @@ Vectors of two embedders never meet: the collection's name carries the embedder'
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -143,4 +142,4 @@ class CacheReader:
 
 def _match(found: Scored) -> Match:
     similarity = min(1.0, max(0.0, found.score))
-    return Match(entry=replace(entry_of(found.id, found.payload), similarity=similarity), similarity=similarity)
+    return Match(entry=entry_of(found.id, found.payload, similarity=similarity), similarity=similarity)
