@@ -23,7 +23,7 @@ DAY_S = 86_400.0
 #: How long the death of the orchestrator is put off until some request waits on another one's image.
 WAITER_S = 20.0
 #: In the place of the mark of a poison prompt: the same word to an embedder.
-HARMLESS = "((crash))"
+HARMLESS = "[[ crash ]]"
 #: Every refined image is drawn again while prompts are out that kill from the second drawing on.
 ALL_AGAIN: dict[str, float] = {"verify_floor": 1.5, "escalation_rate": 1.0}
 
