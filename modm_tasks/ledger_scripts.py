@@ -38,6 +38,8 @@ redis.call('ZADD', P .. 'open', now, id)
 redis.call('ZADD', P .. 'accepted', now, id)
 if idem ~= '' then redis.call('SET', P .. 'idem:' .. client .. ':' .. idem, id, 'EX', 86400) end
 count('arrivals')
+local slo = tonumber(ARGV[8]) or 0
+if slo > 0 then count('deadlines'); count('deadline_sum', slo) end
 redis.call('PUBLISH', P .. 'events', cjson.encode({id=id, state='accepted', at=fmt(now)}))
 return {'ok', id, fmt(arrival), fmt(now), rank}
 """

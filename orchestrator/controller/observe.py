@@ -114,7 +114,8 @@ def snapshot_of(
         backlog_large_s=_work_s(readings, LARGE_GEN, large_step_s),
         backlog_small_s=_work_s(readings, SMALL_REFINE, small_step_s),
         running_s=running_s(readings, settings, large_step_s, small_step_s, own),
-        slo_s=settings.slo.multiple * (settings.slo.large_latency_s or large_s),
+        slo_s=_ratio(window, "deadline_sum", window.get("deadlines", 0.0))
+        or settings.slo.multiple * (settings.slo.large_latency_s or large_s),
         oldest_large_s=_oldest_s(readings, LARGE_GEN),
         oldest_small_s=_oldest_s(readings, SMALL_REFINE),
         latency_s=_ratio(window, "latency_sum", window.get("done", 0.0) + window.get("failed", 0.0)),

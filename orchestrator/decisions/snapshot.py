@@ -24,9 +24,10 @@ class ClusterSnapshot:
     ``large_s`` and ``small_s`` are seconds of a full T-step image on one worker (where ``speeds`` differ, on one of the mean
     rate); 60 / them are P_L and P_S of the paper's equations. ``speeds``: of every worker, in the order in which they become
     large; empty = all alike. ``k_histogram`` counts the hits of the window by skipped steps. Work in the queues comes in
-    requests and in predicted GPU seconds (hits at the small model's speed). ``since_move_s`` holds, by worker, how long it
-    has its role. ``latency_s`` and ``late_share``: mean latency and share over the SLO of what ended in the window; told,
-    but no policy goes by it, since it looks back by a whole latency.
+    requests and in predicted GPU seconds (hits at the small model's speed). ``slo_s``: the mean deadline of what came; 0 =
+    two large images. ``since_move_s`` holds, by worker, how long it has its role. ``latency_s`` and ``late_share``: mean
+    latency and share over the SLO of what ended in the window; told, but no policy goes by it, since it looks back by a
+    whole latency.
     """
 
     now_s: float

@@ -47,6 +47,13 @@ def test_a_request_goes_from_accepted_to_done(ledger: Ledger) -> None:
     assert ledger.counts()["open"] == 0
 
 
+def test_the_window_adds_up_the_deadlines_of_what_comes(ledger: Ledger) -> None:
+    for slo_s in (10.0, 4.0, 0.0):  # 0: none is known yet
+        ledger.accept(new_request_id(), SubmitRequest(prompt="a"), slo_s=slo_s)
+    window = ledger.window(window_s=60, bucket_s=10, now_s=ledger.now_s())
+    assert (window["arrivals"], window["deadlines"], window["deadline_sum"]) == (3, 2, 14)
+
+
 def test_an_idempotency_key_gives_the_first_request(ledger: Ledger) -> None:
     first, new = ledger.accept(new_request_id(), SubmitRequest(prompt="a", idempotency_key="k", client="c"))
     again, new_again = ledger.accept(new_request_id(), SubmitRequest(prompt="a", idempotency_key="k", client="c"))

@@ -63,6 +63,13 @@ def test_rates_and_shares_of_the_window() -> None:
     assert (s.n_workers, s.n_large, s.period_s, s.pooled) == (2, 1, 20.0, False)
 
 
+def test_the_slo_is_the_mean_deadline_of_what_has_come() -> None:
+    """Each request has its own or the default; 2 x 5 s is for a window in which none has come."""
+    for asked, expected in ({"deadlines": 4, "deadline_sum": 26.0}, 6.5), ({}, 10.0):
+        readings = Readings(now_s=1040.0, series=buckets(0, 0, 6, 6, **asked), step_s=STEPS)
+        assert snapshot_of(readings, rules(), SETTINGS, members=("a",), n_large=1).slo_s == expected
+
+
 def test_the_forecast_is_that_of_the_simulator_half_a_period_ahead() -> None:
     # 3, 6, 9, 12 a bucket: mean 7.5, slope 3 a bucket, which is more than 2 sqrt(7.5 / 5) = 2.4. The last whole bucket's
     # middle is 1035 s; half a period of 20 s after 1040 is 1.5 buckets later: 7.5 + 3 (1.5 + 1.5) = 16.5, at most twice 7.5.
