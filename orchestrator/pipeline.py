@@ -21,10 +21,12 @@ from orchestrator.open_requests import OpenRequest, OpenRequests, Vector
 from orchestrator.router import Router
 from orchestrator.tokens import Tokens
 from vector_store.embedder import Embedder, decode_vector, encode_vector
+from vector_store.entries import Match
 
 log = logging.getLogger(__name__)
-#: Most prompts embedded at once, and most requests queued in one round trip: small, so that the first need not wait long.
-BATCH, FLUSH = 64, 16
+#: Most prompts embedded at once, requests queued in one round trip, and searches made together: small, so that the first
+#: need not wait long.
+BATCH, FLUSH, AHEAD = 64, 16, 8
 
 Routed = tuple[RequestRecord, Vector, Decision]
 
@@ -106,23 +108,34 @@ class Pipeline:
             records += [r for r in self.ledger.get_many(unread) if r.state is State.ACCEPTED]
         if not records:
             return
-        vectors = self.embedder.embed_texts([r.request.prompt for r in records])
-        decided: list[Routed] = []
-        for record, vector in zip(records, vectors, strict=True):
-            try:
-                self._decide(record, np.asarray(vector, dtype=np.float32), decided)
-            except UnavailableError:
-                raise
-            except InvalidInputError as error:
-                self.ledger.end(record.id, State.FAILED, str(error))
-            except ModmError:
-                log.exception("cannot route", extra={"request_id": record.id})
-                self.ledger.end(record.id, State.FAILED, "the router failed; see the orchestrator's log")
+        rows = np.asarray(self.embedder.embed_texts([r.request.prompt for r in records]), dtype=np.float32)
+        asked, decided = list(zip(records, rows, strict=True)), list[Routed]()
+        for start in range(0, len(asked), AHEAD):
+            some = asked[start : start + AHEAD]
+            near = self.router.look_ahead(some) if len(some) > 1 else {}
+            for record, vector in some:
+                self._decide_or_fail(record, vector, decided, near.get(record.id))
         self._queue(decided)
 
-    def _decide(self, record: RequestRecord, vector: Vector, decided: list[Routed]) -> None:
+    def _decide_or_fail(
+        self, record: RequestRecord, vector: Vector, decided: list[Routed], near: Sequence[Match] | None
+    ) -> None:
+        """What cannot be decided fails alone."""
+        try:
+            self._decide(record, vector, decided, near)
+        except UnavailableError:
+            raise
+        except InvalidInputError as error:
+            self.ledger.end(record.id, State.FAILED, str(error))
+        except ModmError:
+            log.exception("cannot route", extra={"request_id": record.id})
+            self.ledger.end(record.id, State.FAILED, "the router failed; see the orchestrator's log")
+
+    def _decide(
+        self, record: RequestRecord, vector: Vector, decided: list[Routed], near: Sequence[Match] | None = None
+    ) -> None:
         """Decide one request. What is simply queued is added to ``decided``; a wait or a stored answer is done at once."""
-        decision = self.router.decide(record, vector)
+        decision = self.router.decide(record, vector, near=near)
         if decision.waits_on is not None:
             self._queue(decided)  # the source may be among them
             answer = self.ledger.wait_on(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from modm_tasks.errors import SourceImageError
 from modm_tasks.ledger import Ledger
-from modm_tasks.messages import Completion, Decision, RequestRecord, Route, State, SubmitRequest
+from modm_tasks.messages import Completion, Decision, RequestRecord, Route, State
 from modm_tasks.settings import Settings
 from orchestrator.decisions import routing
 from orchestrator.decisions.ladder import Ladder
 from orchestrator.open_requests import SETTLED, OpenRequest, OpenRequests, Vector
+from orchestrator.sources import Sources, is_repeat
 from vector_store.cache import ImageCache
 from vector_store.entries import ImageEntry, Match
 
@@ -21,8 +22,6 @@ log = logging.getLogger(__name__)
 
 #: Learned figures are read again after this long; a decision must not cost five reads of Redis.
 FRESH_S = 1.0
-#: Images looked at for a repeat, and for a seeded one whose prompt has more variations than that.
-FEW, MANY = 8, 256
 
 
 class Router:
@@ -40,6 +39,7 @@ class Router:
         self.observe_hit_age = observe_hit_age
         self.settings, self.ledger, self.cache, self.ladder = settings, ledger, cache, ladder
         self.open_requests = OpenRequests(cache.dim)
+        self.sources = Sources(settings, cache, ladder)
         self._lock = threading.Lock()
         self._read_at = float("-inf")
         self._large_s = self._small_s = self._wait_s = 0.0
@@ -48,9 +48,23 @@ class Router:
 
     # --- decisions ----------------------------------------------------------------------------------------------
 
-    def decide(self, record: RequestRecord, vector: Vector, *, inflight: bool = True, stored: bool = True) -> Decision:
-        """Decide a request by its text vector. The chosen source is noted as used."""
-        given = self._given(record, vector, inflight=inflight, stored=stored)
+    def look_ahead(self, asked: Sequence[tuple[RequestRecord, Vector]]) -> dict[str, list[Match]]:
+        """What `decide` will look for in the cache, by request id, for several requests in one search. Those that are not
+        here look for themselves."""
+        searching = [(r, v, self.features(r)) for r, v in asked if self._searches(r)]
+        return self.sources.near_each(searching)
+
+    def decide(
+        self,
+        record: RequestRecord,
+        vector: Vector,
+        *,
+        inflight: bool = True,
+        stored: bool = True,
+        near: Sequence[Match] | None = None,
+    ) -> Decision:
+        """Decide a request by its text vector. The chosen source is noted as used. ``near``: of `look_ahead`."""
+        given = self._given(record, vector, inflight=inflight, stored=stored, near=near)
         decision = routing.route(given)
         if decision.source_id is not None and decision.waits_on is None:
             self._touch(decision.source_id, record.request.namespace, decision.skipped_steps)
@@ -71,7 +85,7 @@ class Router:
 
         The images cached before have been looked at before, so the new one is the only candidate: no search.
         """
-        if record.request.cache not in {"auto", "no-store"} or self.policy(record) in {"large-only", "small-only"}:
+        if not self._searches(record):
             return None
         if "drift" in self.features(record) and source.depth > self.settings.cache.max_depth:
             return None
@@ -92,7 +106,7 @@ class Router:
             thresholds=[rung.min_similarity for rung in self.ladder.rungs],
             namespace=finished.request.namespace,
             size=finished.request.size,
-            client=self._client(finished),
+            client=self.sources.client(finished),
         )
         out = []
         for item, similarity in found:
@@ -172,20 +186,27 @@ class Router:
         named = record.request.features
         return routing.features_of(self.policy(record), self.settings.routing.features if named is None else named)
 
-    def _client(self, record: RequestRecord) -> str | None:
-        return record.request.client if self.settings.cache.scope == "per-client" else None
-
     def now_s(self) -> float:
         return time.time()
 
+    def _searches(self, record: RequestRecord) -> bool:
+        return self.policy(record) not in {"large-only", "small-only"} and record.request.cache in {"auto", "no-store"}
+
     def _given(
-        self, record: RequestRecord, vector: Vector, *, inflight: bool, stored: bool, match: Match | None = None
+        self,
+        record: RequestRecord,
+        vector: Vector,
+        *,
+        inflight: bool,
+        stored: bool,
+        match: Match | None = None,
+        near: Sequence[Match] | None = None,
     ) -> routing.RouteInput:
         request, policy, features = record.request, self.policy(record), self.features(record)
         self._refresh()
-        searching = policy not in {"large-only", "small-only"} and request.cache in {"auto", "no-store"}
+        searching = self._searches(record)
         if match is None and searching:
-            match = self._search(record, vector, features)
+            match = self.sources.best(record, vector, features, near)
         unfinished = self._unfinished(record, vector) if searching and inflight and "inflight" in features else None
         return routing.RouteInput(
             request=request,
@@ -203,44 +224,6 @@ class Router:
             wait_depth=self.settings.routing.wait_depth,
         )
 
-    def _search(self, record: RequestRecord, vector: Vector, features: frozenset[str]) -> Match | None:
-        def search(limit: int) -> list[Match]:
-            return self.cache.search(
-                vector,
-                namespace=record.request.namespace,
-                size=record.request.size,
-                client=self._client(record),
-                max_depth=self.settings.cache.max_depth if "drift" in features else None,
-                exclude_ids=[record.id],
-                limit=limit,
-            )
-
-        def nearest(limit: int) -> list[Match]:
-            found = search(limit)
-            if record.request.size is None and any(routing.sized(m.entry.parameters) for m in found):
-                # The refined image has its source's size, and the large model's own was asked for.
-                found = [m for m in search(MANY) if not routing.sized(m.entry.parameters)][:limit]
-            return found
-
-        if "repeats" not in features:
-            return next(iter(nearest(1)), None)
-        matches = nearest(FEW)
-        if not matches:
-            return None
-        same = [m for m in matches if m.entry.prompt == record.request.prompt]
-        if record.request.seed is not None and len(same) == FEW:
-            # The seed may be behind others.
-            same = [m for m in nearest(MANY) if m.entry.prompt == record.request.prompt]
-        exact = [m for m in same if _is_repeat(record.request, m.entry)]
-        if exact:
-            return min(exact, key=lambda m: m.entry.depth)
-        # Spread repeats over the sources that are as good as the best, least used first, so that variations vary.
-        best = matches[0]
-        rung = self.ladder.lookup(best.similarity)
-        if best.entry.prompt == record.request.prompt and rung is not None and record.request.seed is None:
-            return min((m for m in matches if self.ladder.lookup(m.similarity) == rung), key=lambda m: m.entry.hits)
-        return best
-
     @staticmethod
     def _found(record: RequestRecord, match: Match) -> routing.Found:
         entry, request = match.entry, record.request
@@ -250,7 +233,7 @@ class Router:
             similarity=match.similarity,
             depth=entry.depth,
             same_prompt=entry.prompt == request.prompt,
-            same_seed=_is_repeat(request, entry),
+            same_seed=is_repeat(request, entry),
         )
 
     def _unfinished(self, record: RequestRecord, vector: Vector) -> routing.Unfinished | None:
@@ -259,7 +242,7 @@ class Router:
             vector,
             namespace=record.request.namespace,
             size=record.request.size,
-            client=self._client(record),
+            client=self.sources.client(record),
             before=record.accepted_s,
             limit=8,
         )
@@ -293,8 +276,3 @@ class Router:
             self._wait_s = work / workers
             self._lowered = min(control.degradation, self.settings.slo.floor_threshold_rungs)
             self._read_at = time.monotonic()
-
-
-def _is_repeat(request: SubmitRequest, entry: ImageEntry) -> bool:
-    """Whether a request for the prompt of a cached image is the one that it was the answer to, drawn or refined."""
-    return request.seed is not None and entry.seed == request.seed and entry.parameters == routing.parameters(request)

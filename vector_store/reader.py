@@ -51,36 +51,49 @@ class CacheReader:
         exclude_ids: Sequence[str] = (),
         limit: int = 1,
     ) -> list[Match]:
-        """The nearest images, best first. ``vector`` is float32 [dim]. An unknown namespace holds nothing.
+        """The nearest images, best first. ``vector`` is float32 [dim]. An unknown namespace holds nothing."""
+        return self.search_each(
+            [vector],
+            namespace=namespace, size=size, client=client, max_depth=max_depth, exclude_ids=[exclude_ids], limit=limit,
+        )[0]  # fmt: skip
+
+    def search_each(
+        self,
+        vectors: Sequence[Vector],
+        *,
+        namespace: str = "default",
+        size: str | None = None,
+        client: str | None = None,
+        max_depth: int | None = None,
+        exclude_ids: Sequence[Sequence[str]],
+        limit: int = 1,
+    ) -> list[list[Match]]:
+        """``search`` for several vectors, each with the ids that it excludes.
 
         ``size`` and ``client`` choose few images, so the engine filters by them. Nearly all images meet the other two
         conditions, which would double the engine's time (measured: 1 ms against 2.2 ms at 10,000), so more results are
         taken and checked here, and only where that leaves too few does the engine filter by everything.
         """
         few = {k: v for k, v in (("size", size), ("client", client)) if v is not None}
-        excluded = set(exclude_ids)
+        want = limit + max(map(len, exclude_ids), default=0) + (_LOOK_AHEAD if max_depth is not None else 0)
+        out: list[list[Match]] = []
+        found = self._search(namespace, vectors, want, Filter(equals=few))
+        for vector, excluded, near in zip(vectors, exclude_ids, found, strict=True):
+            fit = [one for one in near if one.id not in excluded and not _too_deep(one, max_depth)]
+            if len(fit) < limit and len(near) == want:
+                at_most = {} if max_depth is None else {"depth": max_depth}
+                where = Filter(equals=few, at_most=at_most, not_ids=tuple(excluded))
+                (fit,) = self._search(namespace, [vector], limit, where)
+            out.append([_match(one) for one in fit[:limit]])
+        return out
 
-        def fits(found: Scored) -> bool:
-            too_deep = max_depth is not None and int(found.payload.get("depth", 0)) > max_depth
-            return found.id not in excluded and not too_deep
-
-        want = limit + len(excluded) + (_LOOK_AHEAD if max_depth is not None else 0)
-        found = self._search(namespace, vector, want, Filter(equals=few))
-        fit = [one for one in found if fits(one)]
-        if len(fit) < limit and len(found) == want:
-            at_most = {} if max_depth is None else {"depth": max_depth}
-            fit = self._search(namespace, vector, limit, Filter(equals=few, at_most=at_most, not_ids=tuple(excluded)))
-        return [_match(one) for one in fit[:limit]]
-
-    def _search(self, namespace: str, vector: Vector, limit: int, where: Filter) -> list[Scored]:
+    def _search(self, namespace: str, vectors: Sequence[Vector], limit: int, where: Filter) -> list[list[Scored]]:
         try:
-            return self.backend.search(self.name(namespace), vector, limit=limit, where=where)
+            return self.backend.search_each(self.name(namespace), vectors, limit=limit, where=where)
         except NotFoundError:
-            if len(vector) != self.dim:
-                raise InvalidInputError(
-                    f"vector has {len(vector)} dimensions, not {self.dim}", field="vector"
-                ) from None
-            return []
+            if odd := [len(v) for v in vectors if len(v) != self.dim]:
+                raise InvalidInputError(f"vector has {odd[0]} dimensions, not {self.dim}", field="vector") from None
+            return [[] for _ in vectors]
 
     def get(self, image_id: str, namespace: str = "default") -> ImageEntry | None:
         """One entry, or None."""
@@ -138,6 +151,10 @@ class CacheReader:
             return self.backend.count(self.name(namespace))
         except NotFoundError:
             return 0
+
+
+def _too_deep(found: Scored, max_depth: int | None) -> bool:
+    return max_depth is not None and int(found.payload.get("depth", 0)) > max_depth
 
 
 def _match(found: Scored) -> Match:

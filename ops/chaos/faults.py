@@ -22,6 +22,8 @@ FULL_S = 2.0
 DAY_S = 86_400.0
 #: How long the death of the orchestrator is put off until some request waits on another one's image.
 WAITER_S = 20.0
+#: How long a cancelled drawing may take to its next step.
+CANCEL_S = 20.0
 #: In the place of the mark of a poison prompt: the same word to an embedder.
 HARMLESS = "[[ crash ]]"
 #: Every refined image is drawn again while prompts are out that kill from the second drawing on.
@@ -188,15 +190,18 @@ class Faults:
         self.rig.kill("orchestrator")
 
     def _cancel_source(self) -> bool:
-        """What a request waits on, unless it is poison, whose end is counted."""
+        """What a request waits on, unless it is poison, whose end is counted. False where it was done before that took hold:
+        another one is cancelled then."""
         spared = self.load.tally.poison | self.load.tally.poison_again
-        sources = [self.rig.ledger.field(waiter, "waits_on") for waiter in self.rig.ledger.index("waiting")]
-        chosen = next((s for s in sources if s is not None and s not in spared), None)
+        sources = {self.rig.ledger.field(waiter, "waits_on") for waiter in self.rig.ledger.index("waiting")}
+        found = self.rig.ledger.get_many(s for s in sources if s is not None and s not in spared)
+        chosen = min(found, key=lambda r: r.state is State.RUNNING, default=None)
         if chosen is None:
             return False
-        self.cancelled.add(chosen)
-        self.rig.client.post(f"/v1/requests/{chosen}/cancel")
-        return True
+        self.cancelled.add(chosen.id)
+        self.rig.client.post(f"/v1/requests/{chosen.id}/cancel")
+        ended = self.rig.soon(lambda: self.rig.ledger.get(chosen.id).state in FINAL, CANCEL_S)
+        return ended is not None and self.rig.ledger.get(chosen.id).state is State.CANCELLED
 
     def _damage(self, fault: str) -> bool:
         """Break one of the newest cached images, which the next prompts are likely to find."""

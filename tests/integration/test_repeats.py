@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from modm_tasks.messages import Decision, Route, State
-from orchestrator.router import FEW
+from orchestrator.sources import FEW
 from tests.conftest import SettingsFactory
 from tests.support.rig import FIRST, LARGE, SECOND, SMALL, MakeRig, Rig, rigs
 

@@ -97,9 +97,15 @@ class VectorBackend(Protocol):
 
     def upsert(self, collection: str, points: Sequence[Point]) -> None: ...
 
-    def search(
-        self, collection: str, vector: Vector, *, limit: int = 1, where: Filter | None = None
-    ) -> list[Scored]: ...
+    def search(self, collection: str, vector: Vector, *, limit: int = 1, where: Filter | None = None) -> list[Scored]:
+        """The nearest points, best first."""
+        ...
+
+    def search_each(
+        self, collection: str, vectors: Sequence[Vector], *, limit: int = 1, where: Filter | None = None
+    ) -> list[list[Scored]]:
+        """``search`` for several vectors, which costs less than one call for each."""
+        ...
 
     def get(self, collection: str, ids: Sequence[str], *, with_vectors: bool = False) -> list[Point]:
         """Those that exist, in no order."""

@@ -96,18 +96,29 @@ class ClientBackend:
                 self._client.upsert(collection, batch, wait=True)
 
     def search(self, collection: str, vector: Vector, *, limit: int = 1, where: Filter | None = None) -> list[Scored]:
-        if len(vector) != (dim := self.dim(collection)):
-            raise InvalidInputError(f"vector has {len(vector)} dimensions; {collection} has {dim}", field="vector")
-        with self._call(collection):
-            found = self._client.query_points(
-                collection,
+        return self.search_each(collection, [vector], limit=limit, where=where)[0]
+
+    def search_each(
+        self, collection: str, vectors: Sequence[Vector], *, limit: int = 1, where: Filter | None = None
+    ) -> list[list[Scored]]:
+        dim = self.dim(collection)
+        if odd := [len(v) for v in vectors if len(v) != dim]:
+            raise InvalidInputError(f"vector has {odd[0]} dimensions; {collection} has {dim}", field="vector")
+        requests = [
+            models.QueryRequest(
                 query=_floats(vector),
                 limit=limit,
-                query_filter=_to_filter(where),
+                filter=_to_filter(where),
                 with_payload=True,
-                search_params=self._search_params(limit),
-            ).points
-        return [Scored(id=str(p.id), score=float(p.score), payload=p.payload or {}) for p in found]
+                params=self._search_params(limit),
+            )
+            for vector in vectors
+        ]
+        with self._call(collection):
+            found = self._client.query_batch_points(collection, requests)
+        return [
+            [Scored(id=str(p.id), score=float(p.score), payload=p.payload or {}) for p in one.points] for one in found
+        ]
 
     def get(self, collection: str, ids: Sequence[str], *, with_vectors: bool = False) -> list[Point]:
         if not ids:

@@ -26,6 +26,9 @@ from vector_store.embedder import Vector
 
 #: Points of one call: it holds the GIL, so a bulk load or a walk must leave gaps for the serving threads.
 UPSERT_BATCH, SCROLL_BATCH, SCROLL_BATCH_VECTORS = 64, 256, 64
+#: Searches of one call, and points that they look at: eight together take half the processor time of eight calls, a bigger
+#: batch little less, and in a large collection they would keep the GIL too long.
+SEARCH_BATCH, SEARCH_POINTS = 8, 400_000
 #: Segments smaller than this are never given codes: scanning them exactly takes a fraction of a millisecond.
 _CODES_FROM_KB = 4_000
 _CONFIG = "edge_config.json"
@@ -87,24 +90,41 @@ class EdgeBackend:
             self._update(collection, qe.UpdateOperation.upsert_points(batch))
 
     def search(self, collection: str, vector: Vector, *, limit: int = 1, where: Filter | None = None) -> list[Scored]:
-        request = qe.QueryRequest(
-            limit=limit,
-            query=qe.Query.Nearest(np.asarray(vector, dtype=np.float32).tolist()),
-            filter=_to_filter(where),
-            with_payload=True,
-            params=self._search_params(limit),
-        )
+        return self.search_each(collection, [vector], limit=limit, where=where)[0]
+
+    def search_each(
+        self, collection: str, vectors: Sequence[Vector], *, limit: int = 1, where: Filter | None = None
+    ) -> list[list[Scored]]:
+        for vector in vectors:
+            self._check_dim(collection, len(vector))
+        requests = [
+            qe.QueryRequest(
+                limit=limit,
+                query=qe.Query.Nearest(np.asarray(vector, dtype=np.float32).tolist()),
+                filter=_to_filter(where),
+                with_payload=True,
+                params=self._search_params(limit),
+            )
+            for vector in vectors
+        ]
         shard = self._shards.get(collection) or self._shard(collection)
-        self._check_dim(collection, len(vector))
+        together = max(1, min(SEARCH_BATCH, SEARCH_POINTS // max(1, shard.info().points_count)))
+        out: list[list[Scored]] = []
+        for start in range(0, len(requests), together):
+            out += self._query(collection, requests[start : start + together])
+        return out
+
+    def _query(self, collection: str, requests: list[qe.QueryRequest]) -> list[list[Scored]]:
+        shard = self._shards.get(collection) or self._shard(collection)
         try:
             # Without the lock: the GIL serialises it, and a lock that is free for microseconds between two searches
             # would keep an insert waiting for many of them.
-            found = shard.query(request)
+            found = shard.query_batch(qe.QueryBatchRequest(requests))
         except Exception as error:  # the engine raises bare Exception
             if self._shards.get(collection) is shard:
                 raise UnavailableError(f"the vector store refused a search: {error}") from error
-            return self.search(collection, vector, limit=limit, where=where)  # dropped, or made anew, meanwhile
-        return [Scored(id=str(p.id), score=float(p.score), payload=p.payload or {}) for p in found]
+            return self._query(collection, requests)  # dropped, or made anew, meanwhile
+        return [[Scored(id=str(p.id), score=float(p.score), payload=p.payload or {}) for p in one] for one in found]
 
     def get(self, collection: str, ids: Sequence[str], *, with_vectors: bool = False) -> list[Point]:
         with self._lock:
