@@ -207,7 +207,8 @@ class Router:
         searching = self._searches(record)
         if match is None and searching:
             match = self.sources.best(record, vector, features, near)
-        unfinished = self._unfinished(record, vector) if searching and inflight and "inflight" in features else None
+        waiting = searching and inflight and "inflight" in features and not self._best_possible(record, match)
+        unfinished = self._unfinished(record, vector) if waiting else None
         return routing.RouteInput(
             request=request,
             policy=policy,
@@ -235,6 +236,12 @@ class Router:
             same_prompt=entry.prompt == request.prompt,
             same_seed=is_repeat(request, entry),
         )
+
+    def _best_possible(self, record: RequestRecord, match: Match | None) -> bool:
+        """Whether no open request could promise a better rung than the image that is there."""
+        if match is None or match.similarity < (record.request.min_similarity or 0.0):
+            return False
+        return self.ladder.reached(match.similarity) == len(self.ladder.rungs)
 
     def _unfinished(self, record: RequestRecord, vector: Vector) -> routing.Unfinished | None:
         """The open request whose image promises most. Text-to-text cosine predicts text-to-image by the ladder's map."""
