@@ -54,13 +54,13 @@ class Sources:
         self, record: RequestRecord, vector: Vector, features: frozenset[str], near: Sequence[Match] | None = None
     ) -> Match | None:
         """The image to be decided by. ``near``: of `near_each`; searched for where it is not given."""
-        few = self._right_size(record, vector, features, near)
+        few = self._right_size(record, vector, features, self._space(record, features)[-1], near)
         if "repeats" not in features or not few:
             return next(iter(few), None)
         same = [m for m in few if m.entry.prompt == record.request.prompt]
         if record.request.seed is not None and len(same) == FEW:
             # The seed may be behind others.
-            many = self._right_size(record, vector, features, self._near(record, vector, features, MANY))
+            many = self._right_size(record, vector, features, MANY)
             same = [m for m in many if m.entry.prompt == record.request.prompt]
         exact = [m for m in same if is_repeat(record.request, m.entry)]
         if exact:
@@ -77,16 +77,20 @@ class Sources:
         return min((m for m in few if self.ladder.lookup(m.similarity) == rung), key=lambda m: m.entry.hits)
 
     def _right_size(
-        self, record: RequestRecord, vector: Vector, features: frozenset[str], near: Sequence[Match] | None
+        self,
+        record: RequestRecord,
+        vector: Vector,
+        features: frozenset[str],
+        limit: int,
+        near: Sequence[Match] | None = None,
     ) -> list[Match]:
         """Without those whose size was asked for, where this request asks for none: the refined image has its source's
         size, and the large model's own was asked for."""
-        limit = FEW if "repeats" in features else 1
-        found = list(self._near(record, vector, features, limit) if near is None else near)
-        if record.request.size is None and any(routing.sized(m.entry.parameters) for m in found):
-            many = self._near(record, vector, features, MANY)
-            found = [m for m in many if not routing.sized(m.entry.parameters)][: max(limit, len(found))]
-        return found
+        found = self._near(record, vector, features, limit) if near is None else list(near)
+        if record.request.size is not None or not any(routing.sized(m.entry.parameters) for m in found):
+            return found
+        many = found if limit == MANY else self._near(record, vector, features, MANY)
+        return [m for m in many if not routing.sized(m.entry.parameters)][:limit]
 
     def _near(self, record: RequestRecord, vector: Vector, features: frozenset[str], limit: int) -> list[Match]:
         namespace, size, client, max_depth, _ = self._space(record, features)

@@ -23,7 +23,7 @@ from orchestrator.replies import invalid, refusal
 from orchestrator.service import Service
 
 PATH = "/v1/requests"
-#: Three times the longest request that is valid, with every character escaped.
+#: More than twice the longest request that is valid, with every character escaped.
 MAX_BODY_BYTES = 256 * 1024
 
 _JSON = re.compile(r"application/([\w.+-]+\+)?json\s*(;|$)", re.IGNORECASE)

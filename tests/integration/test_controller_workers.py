@@ -195,8 +195,9 @@ def test_pooled_roles_differ_by_order_and_are_reordered(rig: Rig) -> None:
     rig.sees({A: (L, S), B: (S, L)})
     rig.settle("small", "large", "pooled")
     rig.sees({A: (S, L), B: (L, S)})
-    rig.settle("small", "large", "roles")  # the mode alone changes the queues too, and that is no move of a role
+    rig.settle("small", "large", "roles")  # the mode alone changes the queues too
     rig.sees({A: (S,), B: (L, S)})
+    assert {name: rig.queues()[name] for name in (A, B)} == {A: (S,), B: (L, S)}
 
 
 def test_a_worker_without_role_queues_is_repaired_and_counted(rig: Rig) -> None:
@@ -302,6 +303,7 @@ def test_slo_pools_workers_that_hold_both_models(rig: Rig) -> None:
         wait_until(lambda: set(rig.queues().values()) == {(L, S), (S, L)}, 10, "pooled queues")
         rig.ledger.set_control(allocation="static")
         wait_until(lambda: set(rig.queues().values()) == {(L, S), (S,)}, 10, "published queues again")
+        assert sorted(rig.ledger.desired_roles()[w].role for w in (A, B)) == ["large", "small"]
 
 
 def test_a_failing_policy_does_not_stop_the_reconciler(rig: Rig) -> None:
@@ -312,6 +314,7 @@ def test_a_failing_policy_does_not_stop_the_reconciler(rig: Rig) -> None:
         rig.remote.send("cancel", S, [A])
         wait_until(lambda: roles.counts(rig.ledger).get("repairs", 0) > repairs, 10, "the repair")
         rig.sees({A: (L, S), B: (S,)})
+        assert roles.counts(rig.ledger)["repairs"] > repairs
 
 
 def test_a_second_controller_takes_over_within_ten_seconds(rig: Rig) -> None:

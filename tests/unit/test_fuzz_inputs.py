@@ -88,6 +88,7 @@ def test_any_environment_is_settings_or_one_line_that_names_one(values: dict[str
         except ConfigError as error:
             one_line(error, *values)
             return
+    assert isinstance(settings, Settings)
     usable(settings)
 
 
@@ -117,6 +118,7 @@ def test_any_file_is_settings_or_one_line(tmp_path_factory: pytest.TempPathFacto
         except ConfigError as error:
             one_line(error)
             return
+    assert isinstance(settings, Settings)
     usable(settings)
 
 

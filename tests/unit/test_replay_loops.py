@@ -27,6 +27,7 @@ class Served:
         self.requests: list[SubmitRequest] = []
         self.ends: dict[str, float] = {}
         self.records: dict[str, RequestRecord] = {}
+        self.ended: dict[str, threading.Event] = {}
         self.open = self.most_open = 0
         self.outages = 0
         self.forgotten: set[str] = set()
@@ -46,28 +47,30 @@ class Served:
             )  # fmt: skip
             self.ends[record.id] = max([now, *self.ends.values()]) + self.service_s
             self.records[record.id] = record
+            self.ended[record.id] = threading.Event()
             self.requests.append(request)
             self.open += 1
             self.most_open = max(self.most_open, self.open)
-            return record
+        if request.prompt not in self.never:
+            timer = threading.Timer(max(0.0, self.ends[record.id] - time.time()), self._finish, [record.id])
+            timer.daemon = True
+            timer.start()
+        return record
+
+    def _finish(self, request_id: str) -> None:
+        with self.lock:
+            self.open -= 1
+            done_s = self.ends[request_id]
+            decision = Decision(route=Route.SMALL_REFINE, policy="modm", source_id="s", skipped_steps=25)
+            changes = {"state": State.DONE, "done_s": done_s, "admitted_s": done_s, "decision": decision}
+            self.records[request_id] = self.records[request_id].model_copy(update=changes)
+        self.ended[request_id].set()
 
     def wait(self, request_id: str, timeout_s: float, *, admitted: bool = False) -> RequestRecord:
-        record = self.records[request_id]
-        if record.request.prompt in self.forgotten:
+        prompt = self.records[request_id].request.prompt
+        if prompt in self.forgotten:
             raise NotFoundError
-        if record.request.prompt in self.never:
-            time.sleep(min(timeout_s, 0.01))
-            return record
-        time.sleep(max(0.0, min(timeout_s, self.ends[request_id] - time.time())))
-        if time.time() < self.ends[request_id]:
-            return record
-        with self.lock:
-            if self.records[request_id].state is not State.DONE:
-                self.open -= 1
-                done_s = self.ends[request_id]
-                decision = Decision(route=Route.SMALL_REFINE, policy="modm", source_id="s", skipped_steps=25)
-                changes = {"state": State.DONE, "done_s": done_s, "admitted_s": done_s, "decision": decision}
-                self.records[request_id] = record.model_copy(update=changes)
+        self.ended[request_id].wait(min(timeout_s, 0.01) if prompt in self.never else timeout_s)
         return self.records[request_id]
 
 
