@@ -93,7 +93,8 @@ class Router:
             record, vector, inflight=False, stored=False, match=Match(entry=source, similarity=similarity)
         )
         decision = routing.route(given)
-        bound_k = record.decision.skipped_steps if record.decision is not None else 0
+        bound = record.decision
+        bound_k = -1 if bound is None or bound.source_id is None else bound.skipped_steps
         if decision.source_id is None or decision.skipped_steps <= bound_k:
             return None
         self._touch(source.id, source.namespace, decision.skipped_steps)

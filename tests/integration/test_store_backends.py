@@ -210,6 +210,34 @@ def test_codes_follow_the_capacity(setting: Literal["auto", "none"], capacity: i
     assert codes_for(setting, capacity) == codes
 
 
+def test_searches_made_together_find_what_single_ones_do(store: VectorBackend) -> None:
+    store.upsert(NAME, points(40))
+    queries = vectors(19, seed=7)
+    where = Filter(equals={"client": "c1"})
+    together = store.search_each(NAME, queries, limit=3, where=where)
+    singly = [store.search(NAME, query, limit=3, where=where) for query in queries]
+    assert [[(p.id, p.payload) for p in found] for found in together] == [
+        [(p.id, p.payload) for p in found] for found in singly
+    ]
+    for found, expected in zip(together, singly, strict=True):
+        assert [p.score for p in found] == pytest.approx([p.score for p in expected], abs=1e-6)
+    assert store.search_each(NAME, []) == []
+    odd = [*queries[:1], np.ones(3, dtype=np.float32)]
+    with pytest.raises(InvalidInputError, match="dimensions"):
+        store.search_each(NAME, odd)
+
+
+@pytest.mark.parametrize("kind", ["edge", "local"])
+def test_the_dimension_of_a_store_that_was_just_opened_is_known(kind: str, tmp_path: Path) -> None:
+    before = open_store(kind, tmp_path)
+    before.create(NAME, DIM)
+    before.close()
+    after = open_store(kind, tmp_path)
+    with pytest.raises(InvalidInputError, match="dimensions"):
+        after.search(NAME, np.ones(3, dtype=np.float32))
+    after.close()
+
+
 @pytest.mark.parametrize("later", ["edge-int8", "edge-binary"])
 def test_a_store_made_without_codes_opens_with_them(later: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(5)

@@ -95,6 +95,9 @@ class EdgeBackend:
     def search_each(
         self, collection: str, vectors: Sequence[Vector], *, limit: int = 1, where: Filter | None = None
     ) -> list[list[Scored]]:
+        shard = self._shards.get(collection) or self._shard(
+            collection
+        )  # opened first: only then is its dimension known
         for vector in vectors:
             self._check_dim(collection, len(vector))
         requests = [
@@ -107,8 +110,7 @@ class EdgeBackend:
             )
             for vector in vectors
         ]
-        shard = self._shards.get(collection) or self._shard(collection)
-        together = max(1, min(SEARCH_BATCH, SEARCH_POINTS // max(1, shard.info().points_count)))
+        together = _together(shard)
         out: list[list[Scored]] = []
         for start in range(0, len(requests), together):
             out += self._query(collection, requests[start : start + together])
@@ -233,6 +235,15 @@ class EdgeBackend:
             return None
         codes = qe.QuantizationSearchParams(rescore=True, oversampling=oversampling(self._quantisation, limit))
         return qe.SearchParams(quantization=codes)
+
+
+def _together(shard: qe.EdgeShard) -> int:
+    """How many searches of it are made in one call."""
+    try:
+        points = shard.info().points_count
+    except Exception:  # closed meanwhile; the search itself finds the new one, or says so
+        return 1
+    return max(1, min(SEARCH_BATCH, SEARCH_POINTS // max(1, points)))
 
 
 def _dim_of(path: Path) -> int:
