@@ -78,15 +78,15 @@ class Admission:
     # --- threads ------------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        # Its own unacked key: a second kind of consumer on the same Redis would mix with the workers' in-flight gauge.
         options = dict(self.app.conf.broker_transport_options)
         # No polling interval: it would space out messages that lie there already (measured: 2 a second instead of 900).
         options.pop("polling_interval", None)
-        options |= {"unacked_key": "modm-completions-unacked", "unacked_index_key": "modm-completions-unacked-index"}
         while not self._end.is_set():
             try:
                 connection = self.app.connection_for_read(transport_options=options)
-                with connection, Consumer(connection, [self.queue], callbacks=[self._receive], accept=["json"]):
+                # Not acknowledged: that costs three round trips and two more keys, and the ledger knows what is finished.
+                consumer = Consumer(connection, [self.queue], callbacks=[self._receive], accept=["json"], no_ack=True)
+                with connection, consumer:
                     while not self._end.is_set():
                         with contextlib.suppress(TimeoutError):
                             connection.drain_events(timeout=1)
@@ -94,9 +94,8 @@ class Admission:
                 log.warning("completions: %s; trying again", short(error))
                 self._end.wait(0.5)
 
-    def _receive(self, body: dict[str, Any], message: Any) -> None:
+    def _receive(self, body: dict[str, Any], _message: Any) -> None:
         self._inbox.put(str(body.get("request_id", "")))
-        message.ack()
 
     def _work(self) -> None:
         while (request_id := self._inbox.get()) is not None:

@@ -71,8 +71,11 @@ def _fitting(ladder: Ladder, settings: Settings) -> Ladder:
     return ladder
 
 
-def build_service(settings: Settings, *, observer: Observer | None = None) -> Service:
-    """A service that is ready to start. Raises ConfigError, UnavailableError or StoreInUseError."""
+def build_service(settings: Settings, *, observer: Observer | None = None, apart: bool = False) -> Service:
+    """A service that is ready to start. Raises ConfigError, UnavailableError or StoreInUseError.
+
+    ``apart``: an embedded vector store works in a process of its own, so that it holds up nobody.
+    """
     from vector_store.backends import open_backend
     from vector_store.cache import ImageCache
     from vector_store.embedder import load_embedder
@@ -82,7 +85,7 @@ def build_service(settings: Settings, *, observer: Observer | None = None) -> Se
     ledger.now_s()  # fails here, with one line, where Redis is away
     ladder = choose_ladder(settings)
     images = ImageStore(settings.image_root)
-    backend = open_backend(settings)
+    backend = open_backend(settings, apart=apart)
     try:
         embedder = load_embedder(settings.embedder)
         cache = ImageCache(backend, embedder.identity, embedder.dim, settings, images)

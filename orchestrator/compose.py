@@ -23,7 +23,7 @@ def make_app(settings: Settings, gate: Gate) -> FastAPI:
     observer = Observer()
 
     def make_service() -> Service:
-        return build_service(settings, observer=observer)
+        return build_service(settings, observer=observer, apart=True)
 
     def routers(service: Service) -> list[APIRouter]:
         return [*folder_routers(service, gate), metrics_router(service, observer)]

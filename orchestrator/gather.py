@@ -6,7 +6,7 @@ import queue
 from typing import Any
 
 
-def gather(inbox: queue.SimpleQueue[Any], limit: int) -> list[Any] | None:
+def gather(inbox: queue.SimpleQueue[Any] | queue.Queue[Any], limit: int) -> list[Any] | None:
     """Wait for one item and take with it what lies there, at most ``limit``. None: the end was put in."""
     first = inbox.get()
     if first is None:

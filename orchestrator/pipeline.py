@@ -1,15 +1,18 @@
-"""From accepted to queued: embed in batches, search, decide, enqueue. One thread, so batches form by themselves.
+"""From accepted to queued: embed in batches, search, decide, enqueue.
 
-While a batch is embedded the next requests gather; the deeper the backlog the better the batches. Decisions are the pure
-functions of `decisions.routing`; this module gathers their inputs and carries them out.
+Two threads, so that the embedder and the store work for the next requests while these are decided and queued. While a
+batch is looked up the next requests gather; the deeper the backlog the better the batches. Decisions are the pure functions
+of `decisions.routing`, made in the order of arrival by one thread; this module gathers their inputs and carries them out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,6 +34,14 @@ BATCH, FLUSH, AHEAD = 64, 16, 8
 Routed = tuple[RequestRecord, Vector, Decision]
 
 
+class Looked(NamedTuple):
+    """A request, its text vector and the images near it; None = to be searched when it is decided."""
+
+    record: RequestRecord
+    vector: Vector
+    near: Sequence[Match] | None
+
+
 class Pipeline:
     """Routes what is put into it. ``put`` may be called from any thread, with an id that is in already or has moved on."""
 
@@ -48,21 +59,30 @@ class Pipeline:
         self.open_requests: OpenRequests = router.open_requests
         self.last_error: str | None = None
         self._inbox: queue.SimpleQueue[str | RequestRecord | None] = queue.SimpleQueue()
+        #: Bounded, so that a backlog stands in the inbox, where it makes good batches.
+        self._looked: queue.Queue[list[Looked] | None] = queue.Queue(maxsize=FLUSH // AHEAD)
         self._pending: set[str] = set()
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="pipeline", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._run_look, name="lookup", daemon=True),
+            threading.Thread(target=self._run_decide, name="pipeline", daemon=True),
+        ]
 
     def start(self) -> None:
         self._recover()
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         self._inbox.put(None)
-        if self._thread.is_alive():
-            self._thread.join(timeout=30)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(timeout=30)
+        with contextlib.suppress(ModmError):
+            self.router.write_uses()
 
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        return all(thread.is_alive() for thread in self._threads)
 
     def put(self, request_id: str, record: RequestRecord | None = None) -> None:
         """``record`` as it was just accepted, where known: it need not be read again, and queueing checks its state."""
@@ -86,22 +106,47 @@ class Pipeline:
                 if vector.shape == (self.embedder.dim,):
                     self.remember(record, vector)
 
-    def _run(self) -> None:
+    def _run_look(self) -> None:
         while (batch := gather(self._inbox, BATCH)) is not None:
+            left = {r if isinstance(r, str) else r.id for r in batch}
             try:
-                self.route_batch(batch)
+                for some in self._look(batch):
+                    left.difference_update(one.record.id for one in some)
+                    self._looked.put(some)
+            except Exception as error:
+                self._failed(error)
+            finally:
+                self._release(left)
+        self._looked.put(None)
+
+    def _run_decide(self) -> None:
+        while (groups := gather(self._looked, FLUSH // AHEAD)) is not None:
+            looked = [one for some in groups for one in some]
+            try:
+                self._decide_all(looked)
                 self.last_error = None
             except Exception as error:
-                # Nothing is lost: the requests are still accepted in the ledger, and the watchdog puts them in again.
-                if not isinstance(error, UnavailableError):
-                    log.exception("routing failed, will be tried again")
-                self.last_error = f"routing: {str(error)[:200]}"
+                self._failed(error)
             finally:
-                with self._lock:
-                    self._pending.difference_update(r if isinstance(r, str) else r.id for r in batch)
+                self._release([one.record.id for one in looked])
+
+    def _failed(self, error: Exception) -> None:
+        """Nothing is lost: the requests are still accepted in the ledger, and the watchdog puts them in again."""
+        if not isinstance(error, UnavailableError):
+            log.error("routing failed, will be tried again", exc_info=error)
+        self.last_error = f"routing: {str(error)[:200]}"
+
+    def _release(self, ids: Collection[str]) -> None:
+        with self._lock:
+            self._pending.difference_update(ids)
 
     def route_batch(self, batch: Sequence[str | RequestRecord]) -> None:
         """Embed these accepted requests as one batch and queue each. Those that have moved on are left alone."""
+        for looked in self._look(batch):
+            self._decide_all(looked)
+        self.router.write_uses()
+
+    def _look(self, batch: Sequence[str | RequestRecord]) -> Iterator[list[Looked]]:
         unread = [r for r in batch if isinstance(r, str)]
         records = [r for r in batch if isinstance(r, RequestRecord)]
         if unread:
@@ -109,12 +154,17 @@ class Pipeline:
         if not records:
             return
         rows = np.asarray(self.embedder.embed_texts([r.request.prompt for r in records]), dtype=np.float32)
-        asked, decided = list(zip(records, rows, strict=True)), list[Routed]()
+        asked = list(zip(records, rows, strict=True))
         for start in range(0, len(asked), AHEAD):
             some = asked[start : start + AHEAD]
-            near = self.router.look_ahead(some) if len(some) > 1 else {}
-            for record, vector in some:
-                self._decide_or_fail(record, vector, decided, near.get(record.id))
+            self.router.write_uses()
+            near = self.router.look_ahead(some)
+            yield [Looked(record, vector, near.get(record.id)) for record, vector in some]
+
+    def _decide_all(self, looked: Sequence[Looked]) -> None:
+        decided = list[Routed]()
+        for one in looked:
+            self._decide_or_fail(one.record, one.vector, decided, one.near)
         self._queue(decided)
 
     def _decide_or_fail(

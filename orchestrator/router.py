@@ -16,7 +16,7 @@ from orchestrator.decisions.ladder import Ladder
 from orchestrator.open_requests import SETTLED, OpenRequest, OpenRequests, Vector
 from orchestrator.sources import Sources, is_repeat
 from vector_store.cache import ImageCache
-from vector_store.entries import ImageEntry, Match
+from vector_store.entries import ImageEntry, Match, Use
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +39,9 @@ class Router:
         self.observe_hit_age = observe_hit_age
         self.settings, self.ledger, self.cache, self.ladder = settings, ledger, cache, ladder
         self.open_requests = OpenRequests(cache.dim)
-        self.sources = Sources(settings, cache, ladder)
+        self.sources = Sources(settings, cache, ladder, self.write_uses)
         self._lock = threading.Lock()
+        self._uses: list[Use] = []
         self._read_at = float("-inf")
         self._large_s = self._small_s = self._wait_s = 0.0
         self._lowered = 0
@@ -63,11 +64,12 @@ class Router:
         stored: bool = True,
         near: Sequence[Match] | None = None,
     ) -> Decision:
-        """Decide a request by its text vector. The chosen source is noted as used. ``near``: of `look_ahead`."""
+        """Decide a request by its text vector. ``near``: of `look_ahead`. That the chosen source is used is noted, and
+        stored by the next `write_uses`."""
         given = self._given(record, vector, inflight=inflight, stored=stored, near=near)
         decision = routing.route(given)
         if decision.source_id is not None and decision.waits_on is None:
-            self._touch(decision.source_id, record.request.namespace, decision.skipped_steps)
+            self._note_use(decision.source_id, record.request.namespace, decision.skipped_steps)
         return decision
 
     def after_wait(
@@ -76,6 +78,7 @@ class Router:
         """The source has ended: its true similarity decides, together with whatever else is cached by now."""
         predicted = record.decision.predicted_similarity if record.decision else None
         decision = self.decide(record, vector, inflight=False, stored=stored)
+        self.write_uses()
         ended = "gone" if source is None else source.state.value
         note = f"after waiting (source {ended}, predicted {predicted or 0.0:.3f}): {decision.reason}"
         return decision.model_copy(update={"predicted_similarity": predicted, "reason": note})
@@ -97,7 +100,8 @@ class Router:
         bound_k = -1 if bound is None or bound.source_id is None else bound.skipped_steps
         if decision.source_id is None or decision.skipped_steps <= bound_k:
             return None
-        self._touch(source.id, source.namespace, decision.skipped_steps)
+        self._note_use(source.id, source.namespace, decision.skipped_steps)
+        self.write_uses()
         return decision.model_copy(update={"reason": f"late binding: {decision.reason}"})
 
     def late_candidates(self, finished: RequestRecord, image_vector: Vector) -> list[tuple[OpenRequest, Vector, float]]:
@@ -172,10 +176,17 @@ class Router:
             embedder=self.cache.embedder_identity, bytes=entry.bytes,
         )  # fmt: skip
 
-    def _touch(self, image_id: str, namespace: str, skipped_steps: int) -> None:
-        self.cache.touch(image_id, namespace, self.now_s(), skipped_steps)
-        if self.observe_hit_age is not None and self.cache.recent_hit_ages_s:
-            self.observe_hit_age(self.cache.recent_hit_ages_s[-1])
+    def _note_use(self, image_id: str, namespace: str, skipped_steps: int) -> None:
+        with self._lock:
+            self._uses.append(Use(id=image_id, namespace=namespace, at_s=self.now_s(), skipped_steps=skipped_steps))
+
+    def write_uses(self) -> None:
+        """Store the uses that were noted: one call of the store for those of a whole batch."""
+        with self._lock:
+            uses, self._uses = self._uses, []
+        for age_s in self.cache.touch(uses):
+            if self.observe_hit_age is not None:
+                self.observe_hit_age(age_s)
 
     # --- inputs -------------------------------------------------------------------------------------------------
 

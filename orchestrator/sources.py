@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from modm_tasks.errors import InvalidInputError
 from modm_tasks.messages import RequestRecord, SubmitRequest
@@ -21,10 +21,11 @@ Asked = tuple[RequestRecord, Vector, frozenset[str]]
 
 
 class Sources:
-    """Searches the cache as the mechanisms in force want it."""
+    """Searches the cache as the mechanisms in force want it. ``write_uses`` tells the cache of the sources chosen so far."""
 
-    def __init__(self, settings: Settings, cache: ImageCache, ladder: Ladder) -> None:
+    def __init__(self, settings: Settings, cache: ImageCache, ladder: Ladder, write_uses: Callable[[], None]) -> None:
         self.settings, self.cache, self.ladder = settings, cache, ladder
+        self._write_uses = write_uses
 
     def client(self, record: RequestRecord) -> str | None:
         """Whose images a request may use; None = everybody's."""
@@ -69,6 +70,7 @@ class Sources:
         if best.entry.prompt != record.request.prompt or record.request.seed is not None:
             return best
         if near is not None:  # what was searched ahead does not know the uses since
+            self._write_uses()
             return self.best(record, vector, features)
         # Spread repeats over the sources that are as good as the best, least used first, so that variations vary.
         rung = self.ladder.lookup(best.similarity)

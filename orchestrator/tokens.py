@@ -50,12 +50,13 @@ class Tokens:
         """Several, with their task-sent events, in one flush of the broker's channel (kombu's own publish batch).
 
         Each is an ordinary Celery message; only the round trips are shared. A batch is not repeated by kombu when the
-        connection breaks, so then they go one by one, which is: a token that comes twice does no harm.
+        connection breaks, so then they go one by one, which is: a token that comes twice does no harm. `warm_up` has
+        declared the queues, and what is retried declares them again.
         """
         try:
             with self.app.producer_or_acquire() as producer, producer.batch():
                 for token in tokens:
-                    self._publish(token, producer)
+                    self._publish(token, producer=producer, retry=False, declare=())
         except Exception as error:  # kombu raises the transport's own errors
             log.debug("tokens are sent one by one: %s", short(error))
             self._one_by_one(tokens)
@@ -63,14 +64,17 @@ class Tokens:
     def _one_by_one(self, tokens: Sequence[Token]) -> None:
         try:
             for token in tokens:
-                self._publish(token, None)
+                self._publish(token)
         except Exception as error:
             log.warning("tokens not sent, will be topped up: %s", short(error))
 
-    def _publish(self, token: Token, producer: Any) -> None:
+    def _publish(self, token: Token, **options: Any) -> None:
         queue, request_id, decision = token
         numbers = (0, 0.0) if decision is None else (decision.skipped_steps, round(decision.similarity or 0.0, 4))
-        self.app.send_task(TASK_OF_QUEUE[queue], args=[request_id, *numbers], queue=queue, producer=producer)
+        args = [request_id, *numbers]
+        self.app.send_task(
+            TASK_OF_QUEUE[queue], args=args, argsrepr=repr(args), kwargsrepr="{}", queue=queue, **options
+        )
 
     def top_up(self) -> int:
         """Compare tokens with ready requests; send what is missing for the second time running. Returns how many."""

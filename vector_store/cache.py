@@ -20,7 +20,7 @@ from modm_tasks.image_store import ImageStore
 from modm_tasks.settings import Settings
 from vector_store.backends.base import Point, VectorBackend
 from vector_store.embedder import Vector
-from vector_store.entries import ImageEntry, entry_of
+from vector_store.entries import USE_FIELDS, ImageEntry, Use, entry_of
 from vector_store.eviction import Held, choose
 from vector_store.reader import CacheReader, collection_name, namespaces_of
 
@@ -105,22 +105,24 @@ class ImageCache(CacheReader):
             self.backend.upsert(self.name(namespace), points)
             self._next_seq.pop(namespace, None)
 
-    def touch(self, image_id: str, namespace: str, now_s: float, skipped_steps: int) -> None:
-        """Note a use, for ``lru`` and ``utility`` and the statistics. An image that has left is none."""
-        with self.lock:
-            entry = self.get(image_id, namespace)
-            if entry is None:
-                return
-            age_s, k = max(0.0, now_s - entry.created_s), str(skipped_steps)
-            self.recent_hit_ages_s.append(age_s)
-            changed = {
-                "hits": entry.hits + 1,
-                "last_used_s": max(entry.last_used_s, now_s),
-                "utility": entry.utility + skipped_steps,
-                "hits_by_k": {**entry.hits_by_k, k: entry.hits_by_k.get(k, 0) + 1},
-                "hit_age_sum_s": entry.hit_age_sum_s + age_s,
-            }
-            self.backend.set_payload(self.name(namespace), image_id, changed)
+    def touch(self, uses: Sequence[Use]) -> list[float]:
+        """Note uses, for ``lru`` and ``utility`` and the statistics: (age of the image, s) of each. An image that has left
+        has none."""
+        ages_s: list[float] = []
+        for namespace in dict.fromkeys(use.namespace for use in uses):
+            mine = [use for use in uses if use.namespace == namespace]
+            with self.lock:
+                held = self.get_many(list(dict.fromkeys(use.id for use in mine)), namespace)
+                changed: dict[str, ImageEntry] = {}
+                for use in mine:
+                    if (entry := changed.get(use.id) or held.get(use.id)) is not None:
+                        changed[use.id] = entry.used(use)
+                        ages_s.append(max(0.0, use.at_s - entry.created_s))
+                if changed:
+                    uses_of = {i: {name: getattr(e, name) for name in USE_FIELDS} for i, e in changed.items()}
+                    self.backend.set_payloads(self.name(namespace), uses_of)
+        self.recent_hit_ages_s.extend(ages_s)
+        return ages_s
 
     def evict(self, namespace: str, in_use: Callable[[Sequence[str]], set[str]] | None = None) -> list[str]:
         """Bring a namespace back to its capacity; returns the ids that left, with their files.
@@ -137,7 +139,9 @@ class ImageCache(CacheReader):
             chosen = self._choose(namespace)
             busy = in_use(chosen) if in_use is not None and chosen else set()
             if busy.intersection(chosen):
-                self._since_evict[namespace] = batch  # not waiting for another batch: they leave once released
+                # They leave once released. Asked sooner than for another batch, but not at every insert: with a long queue
+                # of hits the oldest images are in use all the time.
+                self._since_evict[namespace] = batch - batch // 10
             return self.remove(namespace, [i for i in chosen if i not in busy])
 
     def _choose(self, namespace: str) -> list[str]:

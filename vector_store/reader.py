@@ -97,11 +97,14 @@ class CacheReader:
 
     def get(self, image_id: str, namespace: str = "default") -> ImageEntry | None:
         """One entry, or None."""
+        return self.get_many([image_id], namespace).get(image_id)
+
+    def get_many(self, image_ids: Sequence[str], namespace: str = "default") -> dict[str, ImageEntry]:
+        """Those that are there, by id."""
         try:
-            found = self.backend.get(self.name(namespace), [image_id])
+            return {p.id: entry_of(p.id, p.payload) for p in self.backend.get(self.name(namespace), image_ids)}
         except NotFoundError:
-            return None
-        return entry_of(found[0].id, found[0].payload) if found else None
+            return {}
 
     def vector_of(self, image_id: str, namespace: str = "default") -> Vector | None:
         """The image vector, float32 [dim], or None."""

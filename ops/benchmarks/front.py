@@ -25,11 +25,12 @@ from typing import Any
 
 import httpx
 import numpy as np
+from PIL import Image
 
 from modm_tasks.errors import UnavailableError
-from modm_tasks.image_store import ImageStore, path_for
+from modm_tasks.image_store import ImageStore, path_for, to_png
 from modm_tasks.ledger import Ledger
-from modm_tasks.messages import new_request_id
+from modm_tasks.messages import State, new_request_id
 from modm_tasks.settings import Settings, load_settings
 from ops.redis_server import free_port, start_redis
 from ops.stack import MODM
@@ -44,10 +45,10 @@ FIRST_S = 1.0
 
 
 def fill_cache(settings: Settings, count: int) -> None:
-    """Entries with random words, without files: the front looks at vectors and payloads only."""
+    """Entries with random words; every file holds the same small image, so that workers can refine it."""
     embedder, backend = load_embedder("fake"), open_backend(settings)
     cache = ImageCache(backend, embedder.identity, embedder.dim, settings, ImageStore(settings.image_root))
-    rng = np.random.default_rng(0)
+    rng, png = np.random.default_rng(0), to_png(Image.new("RGB", (64, 64), "grey"))
     for start in range(0, count, 500):
         ids = [new_request_id() for _ in range(start, min(start + 500, count))]
         prompts = [" ".join(f"w{w}" for w in rng.integers(0, 3000, 8)) for _ in ids]
@@ -56,6 +57,8 @@ def fill_cache(settings: Settings, count: int) -> None:
             ImageEntry(id=i, prompt=p, model="m", seed=0, size="64x64", depth=0, created_s=0.0, uri=path_for(i, 1))
             for i, p in zip(ids, prompts, strict=True)
         ]
+        for entry in entries:
+            cache.images.write_atomic(entry.uri, png)
         cache.add_many(list(zip(entries, vectors, strict=True)))
     cache.close()
 
@@ -186,6 +189,10 @@ def measure(*, cached: int, rate_per_s: float, seconds: float, policy: str, slee
         "asked_per_s": rate_per_s,
         "reached_per_s": round(reached, 1),
         "requests": len(ids),
+        "hit_rate": round(
+            sum(r.decision is not None and r.decision.source_id is not None for r in records) / len(ids), 3
+        ),
+        "finished": sum(r.state is State.DONE for r in records),
         "call": percentiles(calls_ms),
         "accepted_to_queued": percentiles(steady_ms),
         "accepted_to_queued_first_second": percentiles(first_ms),

@@ -16,8 +16,8 @@ from modm_tasks.settings import Settings
 from orchestrator.controller import history, roles
 from orchestrator.controller.members import Members
 from orchestrator.controller.metrics import Metrics
-from orchestrator.controller.observe import inputs, plain, read, snapshot_of
-from orchestrator.controller.prices import worker_speeds
+from orchestrator.controller.observe import ends_in_s, inputs, plain, read, snapshot_of
+from orchestrator.controller.prices import model_step_s, worker_speeds
 from orchestrator.controller.rules import Rules
 from orchestrator.decisions.allocation.assign import become_large
 from orchestrator.decisions.allocation.registry import POLICIES, allocate
@@ -81,8 +81,9 @@ class Decider:
             sum(role == "large" for role in current.values()) if current else first_large(rules, len(members.here))
         )
         readings = read(self.ledger, self.settings, rules, ready)
-        busy = {r.worker for r in readings.running if r.worker}
-        order = become_large_order(members.here, desired, busy, worker_speeds(readings, self.settings))
+        speeds = worker_speeds(readings, self.settings)
+        ends = ends_in_s(readings, self.settings, *model_step_s(readings, self.settings), speeds)
+        order = become_large_order(members.here, desired, ends, speeds)
         snapshot = snapshot_of(readings, rules, self.settings, members=order, n_large=n_large)
         keep = why in EVENTS and rules.allocation.startswith("modm-") and self._n_large is not None
         if keep:
@@ -178,7 +179,10 @@ class Decider:
 
 
 def become_large_order(
-    here: Sequence[str], desired: Mapping[str, DesiredRole], busy: set[str], speeds: Mapping[str, WorkerSpeed]
+    here: Sequence[str],
+    desired: Mapping[str, DesiredRole],
+    ends: Mapping[str, float],
+    speeds: Mapping[str, WorkerSpeed],
 ) -> list[str]:
     """`become_large` with the pinned workers where they stay: large ones first, small ones last."""
     roles_now: dict[str, Role] = {w: desired[w].role for w in here if w in desired}
@@ -187,7 +191,7 @@ def become_large_order(
     took = {name: speed.large_s for name, speed in speeds.items()}
     return [
         *(w for w in pinned if roles_now[w] == "large"),
-        *become_large(free, roles_now, busy, took),
+        *become_large(free, roles_now, ends, took),
         *(w for w in pinned if roles_now[w] == "small"),
     ]
 

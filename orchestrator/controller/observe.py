@@ -113,7 +113,7 @@ def snapshot_of(
         backlog_small=queues[SMALL_REFINE],
         backlog_large_s=_work_s(readings, LARGE_GEN, large_step_s),
         backlog_small_s=_work_s(readings, SMALL_REFINE, small_step_s),
-        running_s=running_s(readings, settings, large_step_s, small_step_s, own),
+        running_s=tuple(sorted(ends_in_s(readings, settings, large_step_s, small_step_s, own).values())),
         slo_s=_ratio(window, "deadline_sum", window.get("deadlines", 0.0))
         or settings.slo.multiple * (settings.slo.large_latency_s or large_s),
         oldest_large_s=_oldest_s(readings, LARGE_GEN),
@@ -161,22 +161,21 @@ def forecast(series: Sequence[Mapping[str, float]], rules: Rules, now_s: float) 
 
 
 def k_histogram(window: Mapping[str, float]) -> dict[int, float]:
-    """Hits by skipped steps. A miss is counted under k = 0 too, so misses are taken off there."""
+    """Hits by skipped steps."""
     found = {int(name[2:]): n for name, n in window.items() if name.startswith("k:") and n > 0}
-    found[0] = found.get(0, 0.0) - max(0.0, window.get("misses", 0.0))
-    return {k: n for k, n in sorted(found.items()) if n > 0}
+    return dict(sorted(found.items()))
 
 
-def running_s(
+def ends_in_s(
     readings: Readings,
     settings: Settings,
     large_step_s: float,
     small_step_s: float,
     own: Mapping[str, WorkerSpeed] | None = None,
-) -> tuple[float, ...]:
-    """Predicted seconds until each busy worker is free, ascending; hits at the small model's speed; each at its ``own``."""
+) -> dict[str, float]:
+    """Predicted seconds until each busy worker is free; hits at the small model's speed; each at its ``own``."""
     total = settings.num_inference_steps
-    left = []
+    left = {}
     for record in readings.running:
         decision = record.decision
         hit = decision is not None and decision.route is Route.SMALL_REFINE
@@ -186,8 +185,8 @@ def running_s(
         step_s = small_step_s if hit else large_step_s
         if speed is not None:
             step_s = (speed.small_s if hit else speed.large_s) / total
-        left.append(max(0, steps - record.step) * step_s)
-    return tuple(sorted(left))
+        left[record.worker or record.id] = max(0, steps - record.step) * step_s
+    return left
 
 
 def switch_s(ready: Sequence[WorkerStatus]) -> float:

@@ -92,8 +92,11 @@ class Controller:
         if n_large == fleet.n_large:
             return 0
         current = dict(zip(self.names, fleet.roles, strict=True))
-        busy = {name for name, b in zip(self.names, fleet.busy, strict=True) if b}
-        wanted = assign_roles(self.names, n_large, current, busy)
+        ends = {
+            name: end - self.sim.now
+            for name, busy, end in zip(self.names, fleet.busy, self.sim.ends, strict=True) if busy
+        }  # fmt: skip
+        wanted = assign_roles(self.names, n_large, current, ends)
         changed = [self.index[name] for name, role in wanted.items() if role != current[name]]
         for worker in changed:
             fleet.set_role(worker, wanted[self.names[worker]])

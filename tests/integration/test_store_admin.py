@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from modm_tasks.client import Client
 from modm_tasks.errors import InvalidInputError, ModmError, NotFoundError
 from modm_tasks.image_store import path_for
-from tests.support.cache import Served, make_folder, png, put, uid
+from tests.support.cache import Served, make_folder, png, put, uid, use
 from vector_store import admin
 from vector_store.cache import ImageCache
 from vector_store.cli import cache_app, parse_age_s
@@ -50,7 +50,7 @@ def test_import_search_list_stats(served: Served, tmp_path: Path) -> None:
 
     listed = served.modm("list", "--limit", "5", "--json")
     assert [json.loads(line)["seq"] for line in listed.stdout.splitlines()] == [40, 39, 38, 37, 36]
-    served.cache.touch(rows[0]["id"], "default", time.time(), 30)
+    served.cache.touch([use(rows[0]["id"], time.time(), 30)])
     stats = json.loads(served.modm("stats", "--json").stdout)
     assert stats["namespaces"]["default"]["images"] == stats["files"] == 40
     assert stats["namespaces"]["default"]["hits_by_k"] == {"30": 1}
@@ -102,7 +102,7 @@ def test_evict_by_each_rule(served: Served) -> None:
     cache, now_s = served.cache, time.time()
     for n in range(6):
         put(cache, n, created_s=now_s - (5 - n) * 3600)
-    cache.touch(uid(5), "default", now_s, 30)
+    cache.touch([use(uid(5), now_s, 30)])
     served.in_use = {uid(1)}
     assert served.modm("evict", "--older-than", "210m").stdout == "evicted 1\n"
     assert {e.id for e in cache.iterate()} == {uid(n) for n in (1, 2, 3, 4, 5)}

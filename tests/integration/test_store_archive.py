@@ -16,7 +16,7 @@ import pytest
 
 from modm_tasks.errors import ConflictError, InvalidInputError, NotFoundError
 from modm_tasks.image_store import path_for
-from tests.support.cache import EMBEDDER, Served, make_cache, make_folder, put, uid
+from tests.support.cache import EMBEDDER, Served, make_cache, make_folder, put, uid, use
 from vector_store import admin, archive
 from vector_store.cache import ImageCache
 from vector_store.embedder import HashEmbedder, Vector
@@ -48,7 +48,7 @@ def test_export_can_be_imported_elsewhere(served: Served, tmp_path: Path) -> Non
 def test_snapshot_destroy_restore_verify(served: Served, tmp_path: Path) -> None:
     for n in range(20):
         put(served.cache, n)
-    served.cache.touch(uid(3), "default", 150.0, 25)
+    served.cache.touch([use(uid(3), 150.0, 25)])
     before = sorted(served.cache.iterate(), key=lambda e: e.seq)
     file = tmp_path / "cache.tar"
     assert "checksums good" in served.modm("snapshot", file).stdout

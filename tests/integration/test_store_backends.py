@@ -29,7 +29,7 @@ from vector_store.backends import Filter, Point, VectorBackend, codes_for, open_
 from vector_store.embedder import Vector, unit_rows
 
 SERVER = os.environ.get("MODM_TEST_QDRANT_URL", "")
-KINDS = ["edge", "edge-int8", "edge-binary", "memory", "local", *(["server"] if SERVER else [])]
+KINDS = ["edge", "edge-int8", "edge-binary", "apart-int8", "memory", "local", *(["server"] if SERVER else [])]
 DIM = 16
 NAME = f"images_test-{uuid.uuid4().hex[:8]}_a"
 
@@ -37,7 +37,8 @@ NAME = f"images_test-{uuid.uuid4().hex[:8]}_a"
 def open_store(kind: str, home: Path) -> VectorBackend:
     codes = kind.partition("-")[2] or "none"
     url = {"memory": "memory:", "local": f"local:{home / 'local'}", "server": SERVER}.get(kind, "edge:")
-    return open_backend(Settings(home=home, qdrant_url=url, cache=CacheSettings(quantisation=codes)))  # type: ignore[arg-type]
+    settings = Settings(home=home, qdrant_url=url, cache=CacheSettings(quantisation=codes))  # type: ignore[arg-type]
+    return open_backend(settings, apart=kind.startswith("apart"))
 
 
 @pytest.fixture(params=KINDS)
@@ -98,8 +99,7 @@ def test_filters_hold_together(store: VectorBackend) -> None:
 def test_an_upsert_replaces_and_payloads_merge(store: VectorBackend) -> None:
     store.upsert(NAME, points(3))
     store.upsert(NAME, points(3))
-    store.set_payload(NAME, uid(1), {"hits": 4, "by": {"30": 1}})
-    store.set_payload(NAME, uid(77), {"hits": 4})
+    store.set_payloads(NAME, {uid(1): {"hits": 4, "by": {"30": 1}}, uid(77): {"hits": 4}})
     assert store.count(NAME) == 3
     (point,) = store.get(NAME, [uid(1), uid(77)], with_vectors=True)
     assert point.payload["hits"] == 4

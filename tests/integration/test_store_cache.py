@@ -15,6 +15,7 @@ from PIL import Image
 from modm_tasks.errors import InvalidInputError
 from modm_tasks.image_store import ImageStore
 from modm_tasks.settings import CacheSettings, Settings
+from tests.support.cache import use
 from vector_store.backends import open_backend
 from vector_store.cache import ImageCache
 from vector_store.embedder import HashEmbedder
@@ -105,7 +106,7 @@ def test_a_second_delivery_changes_nothing_but_the_content(make_cache: MakeCache
     cache = make_cache()
     first = put(cache, 1)
     put(cache, 2)
-    cache.touch(uid(1), "default", 500.0, 30)
+    cache.touch([use(uid(1), 500.0, 30)])
     again = put(cache, 1)
     assert again.seq == first.seq == 1
     assert (again.hits, again.utility, again.hits_by_k) == (1, 30, {"30": 1})
@@ -162,8 +163,8 @@ def test_other_policies_evict_by_use(make_cache: MakeCache, policy: str, stays: 
     cache = make_cache(capacity=2, eviction=policy)
     for n in range(5):
         put(cache, n)
-    cache.touch(uid(0), "default", 1000.0, 10)
-    cache.touch(uid(2), "default", 102.5, 30)
+    cache.touch([use(uid(0), 1000.0, 10)])
+    cache.touch([use(uid(2), 102.5, 30)])
     cache.evict("default")
     assert ids(cache) == {uid(n) for n in stays}
 
@@ -171,9 +172,8 @@ def test_other_policies_evict_by_use(make_cache: MakeCache, policy: str, stays: 
 def test_uses_are_counted(make_cache: MakeCache) -> None:
     cache = make_cache()
     put(cache, 1)
-    for now_s, k in ((111.0, 30), (121.0, 5), (131.0, 30)):
-        cache.touch(uid(1), "default", now_s, k)
-    cache.touch(uid(9), "default", 1.0, 5)
+    cache.touch([use(uid(1), 111.0, 30), use(uid(9), 1.0, 5), use(uid(1), 121.0, 5)])
+    cache.touch([use(uid(1), 131.0, 30)])
     entry = cache.get(uid(1))
     assert entry is not None
     assert (entry.hits, entry.utility, entry.last_used_s) == (3, 65, 131.0)

@@ -22,7 +22,7 @@ from vector_store.backends import open_backend
 from vector_store.cache import ImageCache
 from vector_store.cli import cache_app
 from vector_store.embedder import HashEmbedder
-from vector_store.entries import ImageEntry
+from vector_store.entries import ImageEntry, Use
 from vector_store.http import build_router
 
 EMBEDDER = HashEmbedder()
@@ -30,6 +30,10 @@ EMBEDDER = HashEmbedder()
 
 def uid(n: int) -> str:
     return str(uuid.UUID(int=n + 1))
+
+
+def use(image_id: str, at_s: float, skipped_steps: int) -> Use:
+    return Use(id=image_id, namespace="default", at_s=at_s, skipped_steps=skipped_steps)
 
 
 def make_cache(home: Path, url: str = "edge:", identity: str = EMBEDDER.identity, **cache: Any) -> ImageCache:

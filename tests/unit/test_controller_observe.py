@@ -50,12 +50,12 @@ def buckets(*arrivals: float, **more: float) -> list[dict[str, float]]:
 
 def test_rates_and_shares_of_the_window() -> None:
     ended = {"done": 9, "failed": 1, "latency_sum": 25.0, "slo_total": 8, "slo_missed": 2}
-    series = buckets(0, 0, 6, 6, hits=6, misses=4, stored=2, **ended, **{"k:0": 5, "k:10": 3, "k:25": 2})
+    series = buckets(0, 0, 6, 6, hits=6, misses=4, stored=2, **ended, **{"k:0": 1, "k:10": 3, "k:25": 2})
     readings = Readings(now_s=1040.0, series=series, step_s=STEPS)
     s = snapshot_of(readings, rules(allocation="modm-quality"), SETTINGS, members=("a", "b"), n_large=1)
     assert s.arrivals_per_min == pytest.approx(60 * (12 - 2) / 20)  # from the first arrival on, stored answers apart
     assert s.hit_rate == pytest.approx(0.6)
-    assert s.k_histogram == {0: 1.0, 10: 3, 25: 2}  # 4 of the five k = 0 are misses
+    assert s.k_histogram == {0: 1.0, 10: 3, 25: 2}
     assert s.refine_share == pytest.approx((1 * 1 + 3 * 0.8 + 2 * 0.5) / 6)
     assert (s.large_s, s.small_s, s.slo_s) == (5.0, 1.0, 10.0)
     assert (s.latency_s, s.late_share) == (2.5, 0.25)
@@ -107,7 +107,10 @@ def test_running_work_and_when_it_ends() -> None:
         record("c", route=Route.LARGE_GEN, steps=10, step=10),
     ]
     readings = Readings(now_s=0.0, running=running, step_s=STEPS)
-    assert observe.running_s(readings, SETTINGS, 0.1, 0.02) == pytest.approx((0.0, 0.1, 3.0))
+    assert observe.ends_in_s(readings, SETTINGS, 0.1, 0.02) == pytest.approx({"a": 3.0, "b": 0.1, "c": 0.0})
+    assert snapshot_of(readings, rules(), SETTINGS, members=("x",), n_large=1).running_s == pytest.approx(
+        (0.0, 0.1, 3.0)
+    )
 
 
 def test_speeds_are_learned_else_profiled_else_unknown() -> None:

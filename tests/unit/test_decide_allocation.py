@@ -165,7 +165,7 @@ def test_throughput_mode_wants_fewer_large_the_more_hits(a: float, b: float, n: 
 def test_roles_are_as_many_as_asked_with_the_fewest_moves(now: list[Role | None], wanted: int, data: Any) -> None:
     workers = [f"w{i}" for i in range(len(now))]
     current: dict[str, Role] = {w: role for w, role in zip(workers, now, strict=True) if role}
-    busy = data.draw(st.sets(st.sampled_from(workers)))
+    busy = data.draw(st.dictionaries(st.sampled_from(workers), st.floats(0, 90)))
     roles = assign_roles(workers, wanted, current, busy)
     bounded = max(0, min(len(workers), wanted))
     assert list(roles) == workers
@@ -177,6 +177,8 @@ def test_roles_are_as_many_as_asked_with_the_fewest_moves(now: list[Role | None]
     busy_kept = [w for w in current if w in busy and w not in moved and current[w] in {current[m] for m in moved}]
     if any(m not in busy for m in moved):
         assert not busy_kept, "an idle worker moved before a busy one"
+    if busy_kept and moved:
+        assert max(busy[m] for m in moved) <= min(busy[w] for w in busy_kept), "one that is free later moved first"
     assert assign_roles(workers, wanted, current, busy) == roles
 
 
@@ -186,15 +188,24 @@ def test_the_faster_device_becomes_large_and_stays_it() -> None:
     assert become_large(["a", "b", "c", "d"], none, large_s=took) == ["b", "d", "a", "c"]
     now: dict[str, Role] = {"a": "large", "b": "small", "c": "large", "d": "small"}
     # Nobody moves without need; then the fast ones come first, and the slow ones leave first, the busy one before.
-    assert become_large(list("abcd"), now, {"a"}, took) == ["c", "a", "b", "d"]
-    assert become_large(list("abcd"), now, {"d"}, took) == ["c", "a", "d", "b"]
+    assert become_large(list("abcd"), now, {"a": 1.0}, took) == ["c", "a", "b", "d"]
+    assert become_large(list("abcd"), now, {"d": 1.0}, took) == ["c", "a", "d", "b"]
     turned: dict[str, Role] = {"a": "large", "b": "large", "c": "small", "d": "small"}
-    assert assign_roles(list("abcd"), 1, turned, {"b"}, took) == {
+    assert assign_roles(list("abcd"), 1, turned, {"b": 1.0}, took) == {
         "a": "small",
         "b": "large",
         "c": "small",
         "d": "small",
     }
+
+
+def test_the_busy_worker_that_is_free_first_moves_first_in_both_directions() -> None:
+    ends = {"a": 40.0, "b": 3.0, "c": 20.0}
+    large: dict[str, Role] = dict.fromkeys("abcd", "large")
+    assert assign_roles(list("abcd"), 3, large, ends)["b"] == "small"
+    assert assign_roles(list("abcd"), 2, large, ends) == {"a": "large", "b": "small", "c": "small", "d": "large"}
+    small: dict[str, Role] = dict.fromkeys("abcd", "small")
+    assert become_large(list("abcd"), small, ends) == ["b", "c", "a", "d"]
 
 
 def test_forecast_follows_a_clear_trend_within_bounds_and_ignores_noise() -> None:

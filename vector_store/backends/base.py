@@ -124,8 +124,8 @@ class VectorBackend(Protocol):
 
     def delete(self, collection: str, ids: Sequence[str]) -> None: ...
 
-    def set_payload(self, collection: str, point_id: str, payload: Mapping[str, Any]) -> None:
-        """Merge into the payload of a point; nothing happens where there is none."""
+    def set_payloads(self, collection: str, payloads: Mapping[str, Mapping[str, Any]]) -> None:
+        """Merge into the payloads of points, by id; nothing happens to one that is not there."""
         ...
 
     def count(self, collection: str, where: Filter | None = None) -> int: ...

@@ -159,10 +159,11 @@ class ClientBackend:
             with self._call(collection):
                 self._client.delete(collection, models.PointIdsList(points=list(ids)), wait=True)
 
-    def set_payload(self, collection: str, point_id: str, payload: Mapping[str, Any]) -> None:
+    def set_payloads(self, collection: str, payloads: Mapping[str, Mapping[str, Any]]) -> None:
         with self._call(collection):
-            if self._client.retrieve(collection, [point_id], with_payload=False):
-                self._client.set_payload(collection, dict(payload), points=[point_id], wait=True)
+            for record in self._client.retrieve(collection, list(payloads), with_payload=False):
+                changed = dict(payloads[str(record.id)])
+                self._client.set_payload(collection, changed, points=[record.id], wait=True)
 
     def count(self, collection: str, where: Filter | None = None) -> int:
         with self._call(collection):

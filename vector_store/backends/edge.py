@@ -39,11 +39,13 @@ class EdgeBackend:
 
     shared = False
 
-    def __init__(self, folder: Path, *, quantisation: Quantisation = "none", what: str | None = None) -> None:
-        """Take the folder. Raises StoreInUseError that names the process which has it."""
+    def __init__(
+        self, folder: Path, *, quantisation: Quantisation = "none", what: str | None = None, owner: int | None = None
+    ) -> None:
+        """Take the folder, for the process ``owner``. Raises StoreInUseError that names the process which has it."""
         self._folder = folder.absolute()
         self._lock = threading.RLock()
-        self._holder = StoreLock(self._folder, what)
+        self._holder = StoreLock(self._folder, what, owner)
         self._quantisation = quantisation
         self._shards: dict[str, qe.EdgeShard] = {}
         self._dims: dict[str, int] = {}
@@ -136,19 +138,26 @@ class EdgeBackend:
     def scroll(
         self, collection: str, *, where: Filter | None = None, with_vectors: bool = False, only: Sequence[str] = ()
     ) -> Iterator[Point]:
-        payload: Any = qe.PayloadSelector.Include([*only]) if only else True
-        batch = SCROLL_BATCH_VECTORS if with_vectors else SCROLL_BATCH
         offset: Any = None
         while True:
-            request = qe.ScrollRequest(
-                offset=offset, limit=batch, filter=_to_filter(where), with_payload=payload, with_vector=with_vectors
-            )
-            with self._lock:
-                records, offset = self._shard(collection).scroll(request)
-            for record in records:
-                yield _from_record(record)
+            page, offset = self.page(collection, offset, where=where, with_vectors=with_vectors, only=only)
+            yield from page
             if offset is None:
                 return
+
+    def page(
+        self, collection: str, offset: Any, *, where: Filter | None = None, with_vectors: bool = False,
+        only: Sequence[str] = (),
+    ) -> tuple[list[Point], Any]:  # fmt: skip
+        """One page of `scroll`: (points, offset of the next one; None = it was the last)."""
+        payload: Any = qe.PayloadSelector.Include([*only]) if only else True
+        batch = SCROLL_BATCH_VECTORS if with_vectors else SCROLL_BATCH
+        request = qe.ScrollRequest(
+            offset=offset, limit=batch, filter=_to_filter(where), with_payload=payload, with_vector=with_vectors
+        )
+        with self._lock:
+            records, following = self._shard(collection).scroll(request)
+        return [_from_record(record) for record in records], following
 
     def extremes(self, collection: str, key: str, *, limit: int, largest: bool = False) -> list[Point]:
         direction = qe.Direction.Desc if largest else qe.Direction.Asc
@@ -161,10 +170,11 @@ class EdgeBackend:
         for start in range(0, len(ids), SCROLL_BATCH):
             self._update(collection, qe.UpdateOperation.delete_points([*ids[start : start + SCROLL_BATCH]]))
 
-    def set_payload(self, collection: str, point_id: str, payload: Mapping[str, Any]) -> None:
+    def set_payloads(self, collection: str, payloads: Mapping[str, Mapping[str, Any]]) -> None:
         with self._lock:
-            if self._shard(collection).retrieve([point_id], False, False):
-                self._update(collection, qe.UpdateOperation.set_payload([point_id], dict(payload)))
+            for record in self._shard(collection).retrieve([*payloads], False, False):
+                changed = dict(payloads[str(record.id)])
+                self._update(collection, qe.UpdateOperation.set_payload([record.id], changed))
 
     def count(self, collection: str, where: Filter | None = None) -> int:
         with self._lock:
@@ -228,6 +238,7 @@ class EdgeBackend:
             hnsw_config=qe.HnswIndexConfig(m=0, ef_construct=4, full_scan_threshold=10),  # m=0: no graph
             quantization_config=codes,
             optimizers=qe.EdgeOptimizersConfig(default_segment_number=1, indexing_threshold=_CODES_FROM_KB),
+            max_search_threads=1,
         )
 
     def _search_params(self, limit: int) -> qe.SearchParams | None:
