@@ -164,3 +164,9 @@ def port_holder(port: int) -> str:
             if any(os.readlink(fd) in inodes for fd in (entry / "fd").iterdir()):
                 return f"pid {entry.name} ({(entry / 'comm').read_text().strip()})"
     return ""
+
+
+def family(pid: int) -> list[int]:
+    """Ids of the children of a process, and of theirs (Linux only)."""
+    children = [int(c) for file in PROC.glob(f"{pid}/task/*/children") for c in file.read_text().split()]
+    return [*children, *(g for child in children for g in family(child))]

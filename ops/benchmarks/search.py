@@ -5,7 +5,8 @@
 Every system runs in a process of its own, so that memory is its own; all get the same vectors and queries. Synthetic
 vectors are clusters with noise: good for times, flattering for recall, so recall is also measured on ``--embeddings``,
 real ones, whose last tenth are the queries. The reference normalises the whole matrix, multiplies, and sorts all scores
-to take one (facts D24); "exact" is one matrix product and an argmax, the least that any exact search must do.
+to take one (facts D24); "exact" is one matrix product and an argmax, the least that any exact search must do. "apart" is
+the embedded store in a process of its own, as an orchestrator has it; "edge" has it in the process that asks.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from vector_store.backends import Point, VectorBackend, open_backend
 from vector_store.backends.client import ClientBackend
 from vector_store.embedder import Vector, unit_rows
 
-SYSTEMS = ("edge-none", "edge-int8", "edge-binary", "client-local", "reference", "exact")
+SYSTEMS = ("edge-none", "edge-int8", "edge-binary", "apart-binary", "client-local", "reference", "exact")
 #: The client's local mode takes seconds a query beyond this, and minutes to fill.
 LOCAL_MODE_UP_TO = 100_000
 QUERIES, INSERTS = 300, 200
@@ -128,7 +129,7 @@ def _open(system: str, folder: Path) -> VectorBackend:
     kind, _, codes = system.partition("-")
     url = "memory:" if kind == "client" else "edge:"
     cache = CacheSettings(quantisation="none" if kind == "client" else codes)
-    return open_backend(Settings(home=folder, qdrant_url=url, cache=cache))
+    return open_backend(Settings(home=folder, qdrant_url=url, cache=cache), apart=kind == "apart")
 
 
 def _point(i: int, vector: Vector) -> Point:
@@ -205,8 +206,10 @@ def _insert_while_searching(
 
 
 def _rss_mib() -> float:
+    """Of this process and of those it has started."""
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        ids = ["self", *(i for file in Path("/proc/self/task").glob("*/children") for i in file.read_text().split())]
+        pages = sum(int(Path(f"/proc/{i}/statm").read_text().split()[1]) for i in ids)
         return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

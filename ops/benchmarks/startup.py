@@ -32,7 +32,7 @@ from modm_tasks.ledger import Ledger
 from modm_tasks.settings import load_settings
 from ops.benchmarks.document import hand_over
 from ops.demo import MODM, demo_environ
-from ops.processes import PROC
+from ops.processes import PROC, family
 from ops.redis_server import ping
 from ops.stack import StackState, read_state
 from orchestrator.controller.history import leader
@@ -63,12 +63,6 @@ def memory_mib(rollup: str) -> dict[str, int]:
         "pss_mib": round(kb["Pss"] / KB_OF_MIB),
         "private_mib": round(private / KB_OF_MIB),
     }
-
-
-def family(pid: int) -> list[int]:
-    """Ids of the children of a process, and of theirs."""
-    children = [int(c) for file in PROC.glob(f"{pid}/task/*/children") for c in file.read_text().split()]
-    return [*children, *(g for child in children for g in family(child))]
 
 
 def memory(state: StackState) -> dict[str, dict[str, int]]:

@@ -60,6 +60,7 @@ class Faults:
         simple: dict[str, Callable[[], None]] = {
             "kill-child": lambda: rig.kill_child(self.rng.randrange(rig.worker_count)),
             "kill-worker": lambda: rig.kill(self._a_worker()),
+            "kill-store": rig.kill_store,
             "drop-connections": rig.drop_connections,
             "lose-tokens": rig.lose_tokens,
             "change-roles": self._change_roles,

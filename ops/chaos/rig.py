@@ -175,6 +175,13 @@ class Rig:
                 os.kill(pid, signal.SIGKILL)
             self.soon(lambda: processes.start_time(pid) is None, 5.0)  # a gigabyte is not given back at once
 
+    def kill_store(self) -> None:
+        """The process of the embedded vector store, which the orchestrator has started and starts again."""
+        if (noted := self.running.get("orchestrator")) is not None:
+            for pid in processes.family(noted.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
     def drop_connections(self) -> None:
         client = redis.Redis.from_url(self.plan.url)
         for kind in ("normal", "pubsub"):

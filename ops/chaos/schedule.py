@@ -13,6 +13,7 @@ FAULTS = {
     "kill-child": "SIGKILL of a GPU child",
     "kill-worker": "SIGKILL of a worker",
     "kill-orchestrator": "SIGKILL of the orchestrator",
+    "kill-store": "SIGKILL of the embedded vector store's process",
     "kill-controller": "SIGKILL of the controller",
     "kill-redis": "SIGKILL of Redis, restart from its append-only file (fsync always)",
     "drop-connections": "every connection to Redis dropped",

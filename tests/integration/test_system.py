@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from modm_tasks.messages import SubmitRequest
+from ops.processes import family
 from tests.conftest import SettingsFactory
 from tests.support.processes import Processes, run_modm, wait_until
 from tests.support.stack import TestStack
@@ -125,6 +126,21 @@ def test_the_orchestrator_dies_and_comes_back(stack: TestStack) -> None:
     (hit,) = send(stack, ["before 3"])
     assert states(stack, [hit]) == ["done"]
     assert stack.client.get(f"/v1/requests/{hit}")["decision"]["route"] == "small-refine"
+
+
+def test_the_vector_store_dies_alone_and_nobody_notices(stack: TestStack) -> None:
+    """Its process is killed while requests are routed and admitted: the orchestrator starts another."""
+    first = send(stack, [f"early {i}" for i in range(6)], policy="large-only")
+    assert states(stack, first) == ["done"] * 6
+    (store,) = family(stack.orchestrator.pid)
+    os.kill(store, signal.SIGKILL)
+    ids = send(stack, [f"early {i}" for i in range(6)])
+    assert states(stack, ids) == ["done"] * 6
+    decisions = [stack.client.get(f"/v1/requests/{i}")["decision"] for i in ids]
+    assert {d["route"] for d in decisions} == {"small-refine"}, "what had been acknowledged is found again"
+    (another,) = family(stack.orchestrator.pid)
+    assert another != store
+    assert stack.get("/readyz")["ready"]
 
 
 def test_lost_messages_and_lost_sources_are_mended(stack: TestStack) -> None:
