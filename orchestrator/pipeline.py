@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 #: Most prompts embedded at once, requests queued in one round trip, and searches made together: small, so that the first
 #: need not wait long.
 BATCH, FLUSH, AHEAD = 64, 16, 8
+#: Uses of cached images are stored so many at a time, and by the watchdog.
+USES = 64
 
 Routed = tuple[RequestRecord, Vector, Decision]
 
@@ -157,7 +159,7 @@ class Pipeline:
         asked = list(zip(records, rows, strict=True))
         for start in range(0, len(asked), AHEAD):
             some = asked[start : start + AHEAD]
-            self.router.write_uses()
+            self.router.write_uses(at_least=USES)
             near = self.router.look_ahead(some)
             yield [Looked(record, vector, near.get(record.id)) for record, vector in some]
 

@@ -78,7 +78,6 @@ class Router:
         """The source has ended: its true similarity decides, together with whatever else is cached by now."""
         predicted = record.decision.predicted_similarity if record.decision else None
         decision = self.decide(record, vector, inflight=False, stored=stored)
-        self.write_uses()
         ended = "gone" if source is None else source.state.value
         note = f"after waiting (source {ended}, predicted {predicted or 0.0:.3f}): {decision.reason}"
         return decision.model_copy(update={"predicted_similarity": predicted, "reason": note})
@@ -101,7 +100,6 @@ class Router:
         if decision.source_id is None or decision.skipped_steps <= bound_k:
             return None
         self._note_use(source.id, source.namespace, decision.skipped_steps)
-        self.write_uses()
         return decision.model_copy(update={"reason": f"late binding: {decision.reason}"})
 
     def late_candidates(self, finished: RequestRecord, image_vector: Vector) -> list[tuple[OpenRequest, Vector, float]]:
@@ -180,9 +178,11 @@ class Router:
         with self._lock:
             self._uses.append(Use(id=image_id, namespace=namespace, at_s=self.now_s(), skipped_steps=skipped_steps))
 
-    def write_uses(self) -> None:
-        """Store the uses that were noted: one call of the store for those of a whole batch."""
+    def write_uses(self, *, at_least: int = 1) -> None:
+        """Store the uses that were noted, if there are so many: the store is called once for all of them."""
         with self._lock:
+            if len(self._uses) < at_least:
+                return
             uses, self._uses = self._uses, []
         for age_s in self.cache.touch(uses):
             if self.observe_hit_age is not None:

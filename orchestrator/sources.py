@@ -69,14 +69,16 @@ class Sources:
         best = few[0]
         if best.entry.prompt != record.request.prompt or record.request.seed is not None:
             return best
-        if near is not None:  # what was searched ahead does not know the uses since
-            self._write_uses()
-            return self.best(record, vector, features)
         # Spread repeats over the sources that are as good as the best, least used first, so that variations vary.
         rung = self.ladder.lookup(best.similarity)
         if rung is None:
             return best
-        return min((m for m in few if self.ladder.lookup(m.similarity) == rung), key=lambda m: m.entry.hits)
+        self._write_uses()
+        few = self._right_size(
+            record, vector, features, FEW
+        )  # anew: what was found before does not know the uses since
+        as_good = [m for m in few if self.ladder.lookup(m.similarity) == rung]
+        return min(as_good, key=lambda m: m.entry.hits, default=best)
 
     def _right_size(
         self,
