@@ -81,7 +81,7 @@ class Pipeline:
             if thread.is_alive():
                 thread.join(timeout=30)
         with contextlib.suppress(ModmError):
-            self.router.write_uses()
+            self.write_uses()
 
     def alive(self) -> bool:
         return all(thread.is_alive() for thread in self._threads)
@@ -93,6 +93,10 @@ class Pipeline:
                 return
             self._pending.add(request_id)
         self._inbox.put(record or request_id)
+
+    def write_uses(self) -> None:
+        """Store the uses of cached images that are still noted."""
+        self.router.write_uses()
 
     def forget(self, request_id: str) -> None:
         """The request has ended: it is no source for later ones any more."""
@@ -146,7 +150,7 @@ class Pipeline:
         """Embed these accepted requests as one batch and queue each. Those that have moved on are left alone."""
         for looked in self._look(batch):
             self._decide_all(looked)
-        self.router.write_uses()
+        self.write_uses()
 
     def _look(self, batch: Sequence[str | RequestRecord]) -> Iterator[list[Looked]]:
         unread = [r for r in batch if isinstance(r, str)]

@@ -80,7 +80,7 @@ class Watchdog:
         """One round."""
         looks: tuple[Callable[[], object], ...] = (
             self._leases, self.tokens.top_up, self._unrouted, self._waiting, self._unadmitted, self.admission.look_again,
-            self._open, self._trim, self.pipeline.router.write_uses,
+            self._open, self._trim, self.pipeline.write_uses,
         )  # fmt: skip
         for step in looks:
             step()
