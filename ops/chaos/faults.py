@@ -69,7 +69,6 @@ class Faults:
             "fill-disk": self._fill_disk,
             "cut-hosts": self._cut_hosts,
             "poison": lambda: self._poison(poison),
-            "poison-again": lambda: self._poison_again(1 + poison // 6),
             "kill-orchestrator": self._kill_orchestrator,
         }
         try:
@@ -80,6 +79,8 @@ class Faults:
                 rig.kill(fault.removeprefix("kill-"))
             elif fault == "cancel-source":
                 return self._cancel_source()
+            elif fault == "poison-again":
+                return self._poison_again(1 + poison // 6)
             else:
                 return self._damage(fault)
         except (ModmError, OSError) as error:
@@ -149,13 +150,19 @@ class Faults:
             if number == 0:
                 self._follow(f"{CRASH} {prompt}")
 
-    def _poison_again(self, count: int) -> None:
-        """Recovered when each is answered with its first image: drawn before, so hits, below the floor of the moment."""
+    def _poison_again(self, count: int) -> bool:
+        """Recovered when each is answered with its first image: drawn before, so hits, below the floor of the moment. False
+        while too little has been drawn."""
+        entries: list[dict[str, Any]] = self.rig.client.get("/v1/cache/entries", limit=50)["entries"]
+        whole = {str(e["prompt"]) for e in entries if e["depth"] == 0 and e["id"] not in self.damaged}
+        drawn = sorted(whole.intersection(self.load.prompts))
+        if len(drawn) < count:
+            return False
         self.escalate(ALL_AGAIN)
-        for _ in range(count):
-            prompt = self.load.prompts[len(self.load.tally.poison_again) % len(self.load.prompts)]
+        for prompt in self.rng.sample(drawn, count):
             wanted = {"prompt": f"{AGAIN} {prompt}", "deadline_s": PATIENT_S}
             self.load.send(wanted, self.load.tally.poison_again)
+        return True
 
     def _follow(self, prompt: str) -> None:
         """One that waits on the poison, as no cached image is so like it: it gives up, or is there when that fails."""
