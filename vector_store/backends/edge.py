@@ -238,6 +238,7 @@ class EdgeBackend:
             hnsw_config=qe.HnswIndexConfig(m=0, ef_construct=4, full_scan_threshold=10),  # m=0: no graph
             quantization_config=codes,
             optimizers=qe.EdgeOptimizersConfig(default_segment_number=1, indexing_threshold=_CODES_FROM_KB),
+            # There is one segment with codes: a pool only adds processor time to its search.
             max_search_threads=1,
         )
 

@@ -82,8 +82,6 @@ def _owner_is_dead(path: Path) -> bool:
         return False
     try:
         os.kill(noted[0], 0)
-    except ProcessLookupError:
-        return True
-    except OSError:  # it is there, and not ours to signal
-        return False
+    except OSError as error:  # any other means that it is there, and not ours to signal
+        return isinstance(error, ProcessLookupError)
     return False
