@@ -74,9 +74,8 @@ class Sources:
         if rung is None:
             return best
         self._write_uses()
-        few = self._right_size(
-            record, vector, features, FEW
-        )  # anew: what was found before does not know the uses since
+        # Searched anew: what was found before does not know the uses since.
+        few = self._right_size(record, vector, features, FEW)
         as_good = [m for m in few if self.ladder.lookup(m.similarity) == rung]
         return min(as_good, key=lambda m: m.entry.hits, default=best)
 

@@ -28,6 +28,8 @@ __all__ = ["ImageCache", "collection_name", "namespaces_of"]
 
 log = logging.getLogger(__name__)
 
+#: Images that come or go before the store is tidied, at least; a fifth of the capacity where that is more.
+TIDY_FROM = 1000
 _HELD_FIELDS = ("seq", "created_s", "last_used_s", "utility")
 
 
@@ -53,6 +55,8 @@ class ImageCache(CacheReader):
         self.recent_hit_ages_s: deque[float] = deque(maxlen=5000)
         self._next_seq: dict[str, int] = {}
         self._since_evict: dict[str, int] = {}
+        #: Images that came and that left since the store was last tidied.
+        self._added: dict[str, int] = {}
         self._deleted: dict[str, int] = {}
         self._made: set[str] = set()
 
@@ -88,7 +92,10 @@ class ImageCache(CacheReader):
                     next_seq += 1
             self.put_raw(namespace, done, [vector for _, vector in items])
             self._next_seq[namespace] = next_seq
-            self._since_evict[namespace] = self._since_evict.get(namespace, 0) + len(done) - len(known)
+            new = len(done) - len(known)
+            self._since_evict[namespace] = self._since_evict.get(namespace, 0) + new
+            self._added[namespace] = self._added.get(namespace, 0) + new
+            self._tidy(namespace)
         return done
 
     def _ancestors(self, entry: ImageEntry) -> tuple[str, ...]:
@@ -182,10 +189,11 @@ class ImageCache(CacheReader):
             return False
 
     def _tidy(self, namespace: str) -> None:
+        """New points have no codes yet, so a search scans them exactly; those that left are skipped one by one."""
         with self.lock:
-            gone = self._deleted.get(namespace, 0)
-            if gone >= 1000 and gone >= self.settings.cache.capacity // 5:
-                self._deleted[namespace] = 0
+            changed = max(self._added.get(namespace, 0), self._deleted.get(namespace, 0))
+            if changed >= max(TIDY_FROM, self.settings.cache.capacity // 5):
+                self._added[namespace] = self._deleted[namespace] = 0
                 self.backend.tidy(self.name(namespace))
 
     def clear(self, namespace: str) -> int:
@@ -193,7 +201,7 @@ class ImageCache(CacheReader):
         with self.lock:
             uris = [entry.uri for entry in self.iterate(namespace)]
             self.backend.drop(self.name(namespace))
-            for state in (self._next_seq, self._since_evict, self._deleted):
+            for state in (self._next_seq, self._since_evict, self._added, self._deleted):
                 state.pop(namespace, None)
             self._made.discard(namespace)
         for uri in uris:

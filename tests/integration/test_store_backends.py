@@ -253,6 +253,44 @@ def test_a_store_made_without_codes_opens_with_them(later: str, tmp_path: Path) 
     after.close()
 
 
+def test_tidying_leaves_no_files_behind_and_searches_go_on_meanwhile(tmp_path: Path) -> None:
+    """The engine itself keeps the files of replaced segments for as long as a collection is open."""
+    rows = unit_rows(np.random.default_rng(7).standard_normal((9000, 256)))
+    backend = open_store("edge-binary", tmp_path)
+    backend.create(NAME, 256)
+    ended, wrong, asked = threading.Event(), [], 0
+    backend.upsert(NAME, [Point(id=uid(0), vector=rows[0], payload={"seq": 0})])
+
+    def search() -> None:
+        nonlocal asked
+        while not ended.is_set():
+            try:
+                found = backend.search(NAME, rows[0])[0].id
+            except UnavailableError as error:
+                found = str(error)
+            wrong.extend([found] if found != uid(0) else [])
+            asked += 1
+
+    thread = threading.Thread(target=search)
+    thread.start()
+    sizes = []
+    for start in range(0, 9000, 1500):
+        part = range(start, start + 1500)
+        backend.upsert(NAME, [Point(id=uid(i), vector=rows[i], payload={"seq": i}) for i in part])
+        backend.tidy(NAME)
+        sizes.append(backend.disk_bytes())
+    ended.set()
+    thread.join()
+    assert not wrong
+    assert asked > 6
+    assert backend.count(NAME) == 9000
+    backend.close()
+    reopened = open_store("edge-binary", tmp_path)
+    reopened.count(NAME)  # opens the collection
+    assert sizes[-1] <= (reopened.disk_bytes() or 0) * 1.25
+    reopened.close()
+
+
 @pytest.mark.parametrize("codes", ["int8", "binary"])
 def test_codes_find_what_exact_search_finds(codes: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(3)

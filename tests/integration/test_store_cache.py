@@ -269,3 +269,21 @@ def test_churn_does_not_grow_the_embedded_store(tmp_path: Path) -> None:
     assert cache.count() == 50
     assert cache.search(vector)[0].similarity == pytest.approx(1, abs=1e-5)
     cache.close()
+
+
+def test_a_growing_cache_gets_its_codes_while_it_grows(tmp_path: Path) -> None:
+    """Not only at the next start: until then every search would scan the new vectors exactly."""
+    settings = Settings(home=tmp_path, cache=CacheSettings(capacity=10_000, quantisation="int8"))
+    cache = ImageCache(open_backend(settings), "wide", 1024, settings, ImageStore(settings.image_root))
+    rows = np.random.default_rng(2).standard_normal((4000, 1024)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    for start in range(0, 4000, 500):
+        entries = [
+            ImageEntry(id=uid(i), prompt="p", model="m", seed=0, size="16x16", depth=0, created_s=0.0, uri=f"{i}.png")
+            for i in range(start, start + 500)
+        ]
+        cache.add_many(list(zip(entries, rows[start : start + 500], strict=True)))
+    assert not cache.backend.tidy(cache.name("default"))  # nothing is left to do
+    (match,) = cache.search(rows[1234])
+    assert match.entry.id == uid(1234)
+    cache.close()

@@ -97,9 +97,8 @@ class EdgeBackend:
     def search_each(
         self, collection: str, vectors: Sequence[Vector], *, limit: int = 1, where: Filter | None = None
     ) -> list[list[Scored]]:
-        shard = self._shards.get(collection) or self._shard(
-            collection
-        )  # opened first: only then is its dimension known
+        # Opened first: only then is its dimension known.
+        shard = self._shards.get(collection) or self._shard(collection)
         for vector in vectors:
             self._check_dim(collection, len(vector))
         requests = [
@@ -182,7 +181,15 @@ class EdgeBackend:
 
     def tidy(self, collection: str) -> bool:
         with self._lock:
-            return bool(self._shard(collection).optimize())
+            shard = self._shard(collection)
+            if not shard.optimize():
+                return False
+            # The engine keeps the files of the segments that it replaced until the collection is opened again: ten times
+            # the collection's size after ten tidyings. A search that meets the closed one waits for the new one.
+            del self._shards[collection]
+            shard.close()
+            self._opened(collection)
+            return True
 
     def disk_bytes(self) -> int:
         """Allocated, not apparent, size: the engine reserves sparse files of 32 MiB for its log."""
