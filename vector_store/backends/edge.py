@@ -182,14 +182,24 @@ class EdgeBackend:
     def tidy(self, collection: str) -> bool:
         with self._lock:
             shard = self._shard(collection)
-            if not shard.optimize():
-                return False
-            # The engine keeps the files of the segments that it replaced until the collection is opened again: ten times
-            # the collection's size after ten tidyings. A search that meets the closed one waits for the new one.
-            del self._shards[collection]
-            shard.close()
-            self._opened(collection)
-            return True
+            changed = bool(shard.optimize())
+            if changed:
+                # The engine keeps the files of the segments that it replaced until the collection is opened again: ten
+                # times the collection's size after ten tidyings. A search that meets the closed one waits for the new one.
+                del self._shards[collection]
+                shard.close()
+                self._opened(collection)
+            self._warm(collection)
+            return changed
+
+    def _warm(self, collection: str) -> None:
+        """One exact search, which maps all vectors into memory: with codes every search meets pages of its own for the
+        first time, which tripled the p99 of the first hundreds at a million."""
+        if self._quantisation == "none":
+            return
+        anything = [1.0] * self.dim(collection)
+        exact = qe.SearchParams(quantization=qe.QuantizationSearchParams(ignore=True))
+        self._query(collection, [qe.QueryRequest(limit=1, query=qe.Query.Nearest(anything), params=exact)])
 
     def disk_bytes(self) -> int:
         """Allocated, not apparent, size: the engine reserves sparse files of 32 MiB for its log."""
