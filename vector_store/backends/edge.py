@@ -182,7 +182,10 @@ class EdgeBackend:
     def tidy(self, collection: str) -> bool:
         with self._lock:
             shard = self._shard(collection)
-            changed = bool(shard.optimize())
+            try:
+                changed = bool(shard.optimize())
+            except Exception as error:  # the engine raises bare Exception
+                raise UnavailableError(f"the vector store cannot be tidied: {error}") from error
             if changed:
                 # The engine keeps the files of the segments that it replaced until the collection is opened again: ten
                 # times the collection's size after ten tidyings. A search that meets the closed one waits for the new one.
