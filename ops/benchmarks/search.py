@@ -38,8 +38,8 @@ SYSTEMS = ("edge-none", "edge-int8", "edge-binary", "apart-binary", "client-loca
 #: The client's local mode takes seconds a query beyond this, and minutes to fill.
 LOCAL_MODE_UP_TO = 100_000
 QUERIES, INSERTS = 300, 200
-#: What the front is built for.
-SEARCHES_PER_S = 200.0
+#: A quiet hour, and what the front is built for.
+SEARCHES_PER_S = (20, 200)
 _NAME = "images_bench_default"
 
 
@@ -115,12 +115,9 @@ def measure(system: str, base: Vector, queries: Vector, folder: Path) -> dict[st
         row["insert_ms"] = percentiles_ms(_copies(base))
     else:
         n = len(base)
-        row["beside_200_searches_per_s"] = _insert_while_searching(
-            backend, base, queries, first=n, searches_per_s=SEARCHES_PER_S
-        )
-        row["beside_searches_without_pause"] = _insert_while_searching(
-            backend, base, queries, first=n + INSERTS, searches_per_s=None
-        )
+        for number, rate in enumerate((*SEARCHES_PER_S, None)):
+            name = "beside_searches_without_pause" if rate is None else f"beside_{rate}_searches_per_s"
+            row[name] = _insert_while_searching(backend, base, queries, first=n + number * INSERTS, searches_per_s=rate)
         backend.close()
     return row
 
@@ -170,7 +167,7 @@ def _copies(base: Vector) -> list[float]:
 
 
 def _insert_while_searching(
-    backend: VectorBackend, base: Vector, queries: Vector, *, first: int, searches_per_s: float | None
+    backend: VectorBackend, base: Vector, queries: Vector, *, first: int, searches_per_s: int | None
 ) -> dict[str, dict[str, float]]:
     """A second thread searches while this one inserts one image at a time, some 50 a second. ``searches_per_s`` None: it
     searches without pause.
