@@ -131,8 +131,8 @@ class VectorBackend(Protocol):
     def count(self, collection: str, where: Filter | None = None) -> int: ...
 
     def tidy(self, collection: str) -> bool:
-        """Reclaim deleted points and build codes, where the store does not do so by itself. May stop the process for
-        some seconds at a million points. True where there was something to do."""
+        """Reclaim deleted points and build codes, where the store does not do so by itself. May hold the store
+        for most of a minute at a million points. True where there was something to do."""
         ...
 
     def disk_bytes(self) -> int | None:
